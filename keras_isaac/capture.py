@@ -1,0 +1,304 @@
+"""`capture_inputs`: which layers are captured, and how a model's training step opens the conditioning scope."""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import inspect
+import re
+import types
+import weakref
+
+import keras
+
+from keras_isaac import scope
+from keras_isaac.layers import SUPPORTED, adapter_of
+from keras_isaac.optimizer import isaacs_in
+
+# Layers that were captured by themselves, and of which no model is known yet.
+_without_model = weakref.WeakSet()
+
+
+def capture_inputs(target, include=None, exclude=None):
+    """Lets layers condition the gradients of their kernels on their inputs, for the `ISAAC` optimizer.
+
+    The target remains what it is: same object, same class, same weights, same saved file. Outside a training step, and
+    under any optimizer but `keras_isaac.ISAAC`, a captured layer is the plain layer. Capture before or after `compile`, also
+    after a `fit`: it holds from the next step on. Capturing twice is capturing once.
+
+    Args:
+        target: a `keras.Model` (all its supported layers, nested ones too, and ones that are built later), a `keras.Layer`
+            (that layer, with what it contains), or a subclass of `keras.Model`, as a class decorator (every instance).
+        include: layers, or regular expressions that match a whole `layer.path`, or a list of them: capture these layers and
+            what they contain, and no others. Defaults to `None`: all.
+        exclude: likewise, layers to leave plain. Defaults to `None`: none.
+
+    Returns:
+        `target`.
+
+    Raises:
+        TypeError: if `target` is no model, layer or model class, or a rule is no layer or string.
+        ValueError: if a rule matches no layer, or selects only layers that cannot be conditioned. Paths are known once a
+            layer is built: for a model not built yet, the error comes in the first training step.
+
+    Example:
+    >>> import keras
+    >>> from keras_isaac import capture_inputs
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4), keras.layers.Dense(2, name="head")])
+    >>> model = capture_inputs(model, exclude=".*/head")
+    """
+    if isinstance(target, type) and issubclass(target, keras.Model):
+        return _capture_class(target, include, exclude)
+    if isinstance(target, keras.Model):
+        selection = _Selection(_rules("include", include), _rules("exclude", exclude))
+        _capture_model(target, selection)
+        return target
+    if isinstance(target, keras.Layer):
+        if include is not None or exclude is not None:
+            raise ValueError(
+                "`include` and `exclude` choose among the layers of a model. "
+                f"Received: target={_describe(target)}, include={include}, exclude={exclude}"
+            )
+        _capture_layer(target)
+        return target
+    raise TypeError(
+        "`capture_inputs` takes a `keras.Model`, a `keras.Layer` or, as a decorator, a subclass of `keras.Model`. "
+        f"Received: target={target!r} (of type {type(target).__name__})"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Selection:
+    """One call's `include` and `exclude`, applied to a model again whenever its layers may have changed."""
+
+    include: tuple | None
+    exclude: tuple | None
+
+    def apply(self, model):
+        """Captures the selected layers of `model`; raises if a rule matched nothing although all paths are known."""
+        matched, chosen = set(), set()
+        layers = list(_walk(model))
+        by_path = any(isinstance(rule, str) for rule in (*(self.include or ()), *(self.exclude or ())))
+        for layer, containers in layers:
+            included = _matching(self.include, layer, containers)
+            excluded = _matching(self.exclude, layer, containers)
+            matched |= included | excluded
+            # A layer has no path before it is built, so that it is too early to tell.
+            decided = not by_path or layer.path is not None
+            if decided and (self.include is None or included) and not excluded:
+                _capture(layer)
+            if adapter_of(layer):
+                chosen |= included
+        if not all(layer.built for layer, _ in layers):
+            return
+        for name, rules in (("include", self.include), ("exclude", self.exclude)):
+            for rule in rules or ():
+                if rule not in matched:
+                    paths = [layer.path for layer, _ in layers if adapter_of(layer)]
+                    raise ValueError(
+                        f"`{name}` matches no layer of {_describe(model)}. A string is a regular expression that must match a "
+                        f"whole `layer.path`, one of: {', '.join(map(repr, paths))}. Received: {name}={_describe(rule)}"
+                    )
+                if name == "include" and rule not in chosen:
+                    kinds = {_describe(layer) for layer, above in layers if rule in _matching((rule,), layer, above)}
+                    _raise_unsupported(sorted(kinds), f"include={_describe(rule)}")
+
+
+def _capture_model(model, selection):
+    selections = _open_in(model)
+    if selection not in selections:
+        selections.append(selection)
+    selection.apply(model)
+    _renew(model)
+
+
+def _capture_layer(layer):
+    captured = [_capture(each) for each, _ in _walk(layer)]
+    if not any(captured):
+        _raise_unsupported([_describe(layer)], f"target={_describe(layer)}")
+    _without_model.add(layer)
+    _find_models(layer)
+
+
+def _capture_class(model_class, include, exclude):
+    selection = _Selection(_rules("include", include), _rules("exclude", exclude))
+    plain_init = model_class.__init__
+    if getattr(plain_init, "keras_isaac_selection", None) == selection:
+        return model_class
+
+    @functools.wraps(plain_init)
+    def init(self, *args, **kwargs):
+        plain_init(self, *args, **kwargs)
+        _capture_model(self, selection)
+
+    # Keras reads the arguments of `__init__` for `get_config`, and does not look behind a wrapper by itself.
+    init.__signature__ = inspect.signature(plain_init)
+    init.keras_isaac_selection = selection
+    model_class.__init__ = init
+    return model_class
+
+
+def _open_in(model):
+    """Has the training step of this instance open the scope, once; returns the list of its selections."""
+    selections = getattr(model.train_step, "keras_isaac_selections", None)
+    if selections is not None:
+        return selections
+    selections = []
+    plain_step, plain_make = model.train_step, model.make_train_function
+    model.train_step = _opening(model, plain_step, selections)
+
+    @functools.wraps(plain_make)
+    def make_train_function(force=False):
+        if force or model.train_function is None:
+            # JAX remembers what it compiled by the function: with the same one, a change of the layers or of the loss would
+            # not reach the compiled step.
+            model.train_step = _opening(model, plain_step, selections)
+        return plain_make(force=force)
+
+    model.make_train_function = make_train_function
+    return selections
+
+
+def _opening(model, plain_step, selections):
+    """Returns `plain_step` of `model`, run with the conditioning scope open."""
+    is_first = True
+
+    @functools.wraps(plain_step)
+    def train_step(*args, **kwargs):
+        nonlocal is_first
+        optimizers = isaacs_in(model.optimizer)
+        if not optimizers:
+            return plain_step(*args, **kwargs)
+        if is_first:
+            if not model.built:
+                # TensorFlow builds a model in its first step: do so before it, so that the layers are there to be captured.
+                model(keras.utils.unpack_x_y_sample_weight(args[-1] if args else kwargs["data"])[0])
+            for selection in selections:
+                selection.apply(model)
+            is_first = False
+        if not model.optimizer.built and model.built:
+            # Which of several optimizers trains a kernel is known once they are built.
+            model.optimizer.build(model.trainable_variables)
+        state_mapping = []
+        if keras.backend.backend() == "jax":
+            state = args[0] if args else kwargs["state"]
+            state_mapping = list(zip(model.optimizer.variables, state[2], strict=True))
+        with contextlib.ExitStack() as stack:
+            for optimizer in optimizers:
+                stack.enter_context(scope.opened(optimizer.conditioning_of_step(state_mapping)))
+            return plain_step(*args, **kwargs)
+
+    train_step.keras_isaac_selections = selections
+    return train_step
+
+
+def _renew(model):
+    """Has a step that was compiled before traced anew."""
+    if model.train_function is not None:
+        model.make_train_function(force=True)
+
+
+def _capture(layer):
+    """Wraps the `call` of this layer, once; returns whether the layer can be conditioned."""
+    if adapter_of(layer) is None:
+        return False
+    present = vars(layer).get("call")
+    if present is None:
+        layer.call = types.MethodType(_captured_call, layer)
+        return True
+    # Somebody else's `call` on the instance is not the layer that the adapter knows.
+    return getattr(present, "__func__", None) is _captured_call
+
+
+def _captured_call(layer, *args, **kwargs):
+    if scope.is_open():
+        adapter = adapter_of(layer)
+        kernel = adapter.kernel(layer)
+        conditioning = None
+        if kernel is not None and kernel.trainable:
+            conditioning = scope.conditioning_of(kernel)
+        if conditioning is not None:
+            conditioning.on_use()
+            return adapter.call(layer, conditioning.damping, *args, **kwargs)
+    elif layer in _without_model:
+        for optimizer in _find_models(layer):
+            # TensorFlow builds a model in its first step, so that this may be that step, and too late to open it as a whole.
+            with scope.opened(optimizer.conditioning_of_step()):
+                return _captured_call(layer, *args, **kwargs)
+    return type(layer).call(layer, *args, **kwargs)
+
+
+def _find_models(layer):
+    """Opens the scope in the training steps of the models that hold a layer captured by itself.
+
+    A layer does not know its models, and Keras has no public way to ask. So the living models are looked through, once when
+    the layer is captured and then in its calls until one is found. Returns their `ISAAC` optimizers, but none on JAX, where
+    the damping is in the step's state, and where a model calls its layers before it compiles its step.
+    """
+    models = [x for x in gc.get_objects() if issubclass(type(x), keras.Model) and hasattr(x, "train_function")]
+    models = [model for model in models if any(each is layer for each, _ in _walk(model))]
+    for model in models:
+        _open_in(model)
+        _renew(model)
+    if models:
+        _without_model.discard(layer)
+    if keras.backend.backend() == "jax":
+        return []
+    return [optimizer for model in models for optimizer in isaacs_in(getattr(model, "optimizer", None))]
+
+
+def _walk(root):
+    """Yields `root` and every layer in it, each with the layers that contain it, outermost first."""
+    seen = {id(root)}
+    stack = [(root, ())]
+    while stack:
+        layer, containers = stack.pop()
+        yield layer, containers
+        values = list(vars(layer).values())
+        while values:
+            value = values.pop()
+            if isinstance(value, (list, tuple, set, dict)):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    values.extend(value.values() if isinstance(value, dict) else value)
+            elif isinstance(value, keras.Layer) and id(value) not in seen:
+                seen.add(id(value))
+                stack.append((value, (*containers, layer)))
+
+
+def _rules(name, rules):
+    if rules is None:
+        return None
+    rules = tuple(rules) if isinstance(rules, (list, tuple, set)) else (rules,)
+    for rule in rules:
+        if not isinstance(rule, (str, keras.Layer)):
+            raise TypeError(
+                f"`{name}` takes layers and regular expressions of layer paths, or a list of them. "
+                f"Received: {name}={rule!r} (of type {type(rule).__name__})"
+            )
+    return rules
+
+
+def _matching(rules, layer, containers):
+    """Returns the rules that name `layer` or a layer that contains it."""
+    candidates = (layer, *containers)
+    return {rule for rule in rules or () if any(_names(rule, candidate) for candidate in candidates)}
+
+
+def _names(rule, layer):
+    if isinstance(rule, str):
+        return layer.path is not None and re.fullmatch(rule, layer.path) is not None
+    return rule is layer
+
+
+def _describe(layer):
+    if isinstance(layer, str):
+        return repr(layer)
+    return f"{type(layer).__name__} layer '{layer.path or layer.name}'"
+
+
+def _raise_unsupported(kinds, received):
+    raise ValueError(
+        f"There is no conditioned form of {', '.join(kinds)}. Supported: {', '.join(SUPPORTED)}, and subclasses that keep "
+        f"its `call`. Leave it out, and it trains with its plain gradient. Received: {received}"
+    )

@@ -1,0 +1,311 @@
+"""The `ISAAC` optimizer: the damping, the inner optimizer, and the check that the two halves of the pair have met."""
+
+import contextlib
+import inspect
+import math
+import numbers
+
+import keras
+from keras import ops
+
+from keras_isaac import scope
+
+_LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
+
+
+@keras.saving.register_keras_serializable(package="keras_isaac")
+class ISAAC(keras.optimizers.Optimizer):
+    """Optimizer whose gradients carry second-order information taken from the layers' inputs.
+
+    It works in a pair with `keras_isaac.capture_inputs`: the captured layers of a model condition the gradients of their
+    kernels in the backward pass, and `ISAAC` says with what damping and hands the result to an inner optimizer. With X the
+    input rows of a layer `[rows, in]` and ∇ the gradient of its kernel `[in, out]`, the conditioned gradient is
+
+    `ζ* = λ (λI + XᵀX/rows)⁻¹ ∇`
+
+    where λ is the damping. The factor λ in front makes the inner optimizer's plain step the limit of a large damping. When
+    the batch is smaller than the layer is wide, only a matrix of `[rows, rows]` is inverted, and the overhead vanishes.
+    Clipping, weight decay, moving averages, gradient accumulation and `iterations` are the inner optimizer's.
+
+    References:
+        - [ISAAC Newton: Input-based Approximate Curvature for Newton's Method](https://arxiv.org/abs/2305.00604), Petersen
+          et al., ICLR 2023, with ζ* as λ_g tends to infinity and λ as λ_a.
+
+    Args:
+        learning_rate: float, `keras.optimizers.schedules.LearningRateSchedule` or callable, for the inner optimizer.
+            Defaults to `None`: 0.1 for SGD, otherwise the inner optimizer's own default.
+        damping: float > 0, or a `LearningRateSchedule` of the iteration. In units of the squared inputs: about the mean
+            square of an input is a middling damping, much less trusts the curvature, much more approaches the plain
+            gradient. Defaults to `1.0`.
+        inner_optimizer: the Keras optimizer that takes the conditioned gradient: a name (`"adam"`) or a class, built with
+            `learning_rate` and `kwargs`; or an instance, and then neither of them may be given. Defaults to `"sgd"`.
+        name: string. Defaults to `None`: chosen by Keras.
+        **kwargs: arguments of the inner optimizer, such as `momentum=0.9`, `clipnorm=1.0` or `weight_decay=1e-4`.
+
+    Raises:
+        ValueError: if `damping` is not a finite number above 0, or if `learning_rate` or `kwargs` come with an instance.
+        TypeError: if `inner_optimizer` is not an optimizer.
+
+    Example:
+    >>> import keras
+    >>> from keras_isaac import ISAAC, capture_inputs
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model = capture_inputs(model)
+    >>> model.compile(optimizer=ISAAC(learning_rate=0.1, damping=1.0, momentum=0.9), loss="mse")
+    >>> history = model.fit(keras.random.normal((32, 8)), keras.random.normal((32, 4)), verbose=0)
+    """
+
+    def __init__(self, learning_rate=None, damping=1.0, inner_optimizer="sgd", name=None, **kwargs):
+        _check_damping(damping)
+        # The base class keeps a learning rate of its own; as in LossScaleOptimizer, the inner optimizer's is the one in use.
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = _build_inner_optimizer(inner_optimizer, learning_rate, kwargs)
+        self._took_part = False
+        self._trained_variables = None
+        if isinstance(damping, _LearningRateSchedule):
+            self._damping = damping
+        else:
+            self._damping = self.add_variable(
+                shape=(),
+                initializer=keras.initializers.Constant(float(damping)),
+                dtype=keras.backend.floatx(),
+                aggregation="only_first_replica",
+                name="damping",
+            )
+
+    @property
+    def damping(self):
+        """The damping λ: a variable, or the schedule's value at the present iteration."""
+        if isinstance(self._damping, _LearningRateSchedule):
+            return self._damping(self.iterations)
+        return self._damping
+
+    @damping.setter
+    def damping(self, damping):
+        _check_damping(damping)
+        if isinstance(self._damping, _LearningRateSchedule) or isinstance(damping, _LearningRateSchedule):
+            raise TypeError(
+                "`damping` can be set only from a number to a number: a `LearningRateSchedule` is part of the compiled "
+                "training step. To change it, compile the model with a new `ISAAC(damping=...)`. "
+                f"Received: damping={damping}"
+            )
+        self._damping.assign(damping)
+
+    @contextlib.contextmanager
+    def conditioning(self, optimizer_variables=None):
+        """Conditions the gradients of captured layers inside the `with` block, for a training loop of your own.
+
+        `fit` and `train_on_batch` of a captured model do this by themselves. The forward pass belongs inside the block.
+
+        Args:
+            optimizer_variables: on the JAX backend, where state is explicit, the list of tensors that stands for
+                `optimizer.variables` in this step. Not used on other backends. Defaults to `None`.
+
+        Raises:
+            ValueError: on the JAX backend, if `optimizer_variables` is missing or of another length.
+
+        Example:
+        >>> optimizer = ISAAC(inner_optimizer="adam")
+        >>> layer = capture_inputs(keras.layers.Dense(1))
+        >>> layer.build((None, 3))
+        >>> optimizer.build(layer.trainable_variables)
+        >>> with optimizer.conditioning([v.value for v in optimizer.variables]):
+        ...     loss = keras.ops.mean(layer(keras.ops.ones((2, 3))))
+        """
+        mapping = []
+        if keras.backend.backend() == "jax":
+            received = "None" if optimizer_variables is None else f"a list of length {len(optimizer_variables)}"
+            if optimizer_variables is None or len(optimizer_variables) != len(self.variables):
+                raise ValueError(
+                    "On the JAX backend `conditioning()` takes the values of the optimizer's variables, so that a change of "
+                    "the damping reaches a compiled step. Write `with optimizer.conditioning(optimizer_variables):` with the same "
+                    f"list of {len(self.variables)} tensors that goes to `stateless_apply`. "
+                    f"Received: optimizer_variables={received}"
+                )
+            mapping = list(zip(self.variables, optimizer_variables, strict=True))
+        with scope.opened(self.conditioning_of_step(mapping)):
+            yield
+
+    def conditioning_of_step(self, state_mapping=()):
+        """Returns this step's `Conditioning`, its damping read under `state_mapping` (pairs of variable and tensor)."""
+        stateless = keras.StatelessScope(state_mapping) if state_mapping else contextlib.nullcontext()
+        with stateless:
+            damping = ops.convert_to_tensor(self.damping)
+        return scope.Conditioning(damping=damping, trains=self._trains, on_use=self._take_part)
+
+    def _trains(self, variable):
+        return self._trained_variables is None or id(variable) in self._trained_variables
+
+    def _take_part(self):
+        self._took_part = True
+
+    def build(self, variables):
+        """Builds the inner optimizer for `variables`."""
+        self.inner_optimizer.build(variables)
+        super().build(variables)
+        self._trained_variables = frozenset(id(v) for v in variables)
+
+    def apply(self, grads, trainable_variables=None):
+        """Applies conditioned gradients by the inner optimizer.
+
+        Raises:
+            ValueError: if no captured layer has conditioned a gradient for this optimizer.
+        """
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+        if not self._took_part:
+            received = [getattr(v, "path", v.name) for v in trainable_variables or self._trainable_variables]
+            raise ValueError(
+                "`ISAAC` conditions the kernels of layers whose inputs are captured, but no captured layer took part in this "
+                "step. Write `model = capture_inputs(model)` (from `keras_isaac`), before or after `model.compile(...)`; in a "
+                "loop of your own, compute the loss inside `with optimizer.conditioning():`. If the model is captured already, "
+                "see that a captured layer is trainable. To train without conditioning, compile with the inner optimizer. "
+                f"Received gradients for: {', '.join(received[:5])}{', ...' if len(received) > 5 else ''}"
+            )
+        if not self.built:
+            with keras.name_scope(self.name):
+                self.build(trainable_variables)
+        self.inner_optimizer.apply(grads, trainable_variables)
+
+    def apply_gradients(self, grads_and_vars):
+        """Applies pairs of gradient and variable; returns the iterations."""
+        grads, trainable_variables = zip(*grads_and_vars, strict=True)
+        self.apply(list(grads), trainable_variables)
+        return self.iterations
+
+    @property
+    def variables(self):
+        """The damping, if it is a variable, and the inner optimizer's variables."""
+        # During `super().__init__` there is no inner optimizer yet.
+        own = [self._damping] if isinstance(getattr(self, "_damping", None), keras.Variable) else []
+        return own + self.inner_optimizer.variables
+
+    @property
+    def learning_rate(self):
+        """The inner optimizer's learning rate."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        """The inner optimizer's iterations."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def loss_scale_factor(self):
+        """The inner optimizer's static loss scale, which LossScaleOptimizer and MultiOptimizer set."""
+        inner_optimizer = getattr(self, "inner_optimizer", None)
+        return None if inner_optimizer is None else inner_optimizer.loss_scale_factor
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, loss_scale_factor):
+        # The base class sets it before there is an inner optimizer.
+        if hasattr(self, "inner_optimizer"):
+            self.inner_optimizer.loss_scale_factor = loss_scale_factor
+
+    def scale_loss(self, loss):
+        """Scales the loss as the inner optimizer does."""
+        return self.inner_optimizer.scale_loss(loss)
+
+    def finalize_variable_values(self, var_list):
+        """Finishes training as the inner optimizer does (its moving average)."""
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        """Excludes variables from the inner optimizer's weight decay."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def set_weights(self, weights):
+        """Sets all variables, in the order of `variables`."""
+        for variable, weight in zip(self.variables, weights, strict=True):
+            variable.assign(weight)
+
+    def save_own_variables(self, store):
+        """Saves the damping; Keras saves the inner optimizer by itself."""
+        if isinstance(self._damping, keras.Variable):
+            store["damping"] = self._damping.numpy()
+
+    def load_own_variables(self, store):
+        """Loads the damping; Keras loads the inner optimizer by itself."""
+        if isinstance(self._damping, keras.Variable) and "damping" in store.keys():  # noqa: SIM118 (a store of HDF5)
+            self._damping.assign(store["damping"])
+
+    def get_config(self):
+        """Returns the configuration: `name`, `damping` and the serialized inner optimizer."""
+        if isinstance(self._damping, _LearningRateSchedule):
+            damping = keras.optimizers.schedules.serialize(self._damping)
+        else:
+            damping = float(ops.convert_to_numpy(self._damping))
+        return {
+            "name": self.name,
+            "damping": damping,
+            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """Builds the optimizer from its configuration."""
+        config = dict(config)
+        for key in ("damping", "inner_optimizer"):
+            if isinstance(config.get(key), dict):
+                config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
+        return cls(**config)
+
+
+def isaacs_in(optimizer):
+    """Returns the `ISAAC` optimizers in `optimizer`: itself, in a LossScaleOptimizer or in a MultiOptimizer."""
+    if isinstance(optimizer, ISAAC):
+        return [optimizer]
+    inner = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())]
+    return [isaac for each in inner if each is not None for isaac in isaacs_in(each)]
+
+
+def _check_damping(damping):
+    if isinstance(damping, _LearningRateSchedule):
+        return
+    # Tensors and NumPy scalars are numbers to a user; a boolean is a slip.
+    number = damping
+    if hasattr(damping, "shape") and tuple(damping.shape) == ():
+        number = ops.convert_to_numpy(damping).item()
+    if not isinstance(number, numbers.Real) or isinstance(number, bool) or not 0 < number < math.inf:
+        raise ValueError(
+            "`damping` must be a finite number above 0 or a `keras.optimizers.schedules.LearningRateSchedule`. "
+            f"Received: damping={damping!r}"
+        )
+
+
+def _build_inner_optimizer(inner_optimizer, learning_rate, kwargs):
+    if isinstance(inner_optimizer, keras.optimizers.Optimizer):
+        given = {} if learning_rate is None else {"learning_rate": learning_rate}
+        given.update(kwargs)
+        if given:
+            raise ValueError(
+                f"`{'`, `'.join(given)}` cannot be given beside an `inner_optimizer` instance, which has its own. Write for "
+                f"example `ISAAC(inner_optimizer=keras.optimizers.{type(inner_optimizer).__name__}("
+                f"{', '.join(f'{name}={value!r}' for name, value in given.items())}))`. "
+                f"Received: inner_optimizer={inner_optimizer}"
+            )
+        optimizer = inner_optimizer
+    else:
+        optimizer_class = inner_optimizer
+        if isinstance(inner_optimizer, str):
+            optimizer_class = type(keras.optimizers.get(inner_optimizer))
+        if not (inspect.isclass(optimizer_class) and issubclass(optimizer_class, keras.optimizers.Optimizer)):
+            raise TypeError(
+                "`inner_optimizer` must be the name of a Keras optimizer, its class or an instance. "
+                f"Received: inner_optimizer={inner_optimizer!r}"
+            )
+        if learning_rate is None and issubclass(optimizer_class, keras.optimizers.SGD):
+            learning_rate = 0.1
+        if learning_rate is not None:
+            kwargs = {"learning_rate": learning_rate, **kwargs}
+        optimizer = optimizer_class(**kwargs)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or isaacs_in(optimizer):
+        raise ValueError(
+            f"`{type(optimizer).__name__}` cannot stand inside `ISAAC`. Put it around it: "
+            f"`keras.optimizers.LossScaleOptimizer(ISAAC(...))`. Received: inner_optimizer={inner_optimizer!r}"
+        )
+    return optimizer

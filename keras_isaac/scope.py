@@ -1,0 +1,51 @@
+"""The conditioning scope: which gradients are conditioned right now, and with what damping.
+
+A training step opens the scope; captured layers look into it. It is kept per thread and per asynchronous context, since
+`tf.distribute.MirroredStrategy` traces every replica in a thread of its own.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+_open_scopes = contextvars.ContextVar("keras_isaac_conditioning", default=())
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """What one optimizer asks of the layers during one step.
+
+    Args:
+        damping: scalar tensor of the step, λ_a in the paper.
+        trains: function of a kernel variable, whether this optimizer updates it.
+        on_use: called without arguments whenever a layer conditions a kernel.
+    """
+
+    damping: Any
+    trains: Callable[[Any], bool]
+    on_use: Callable[[], None]
+
+
+@contextlib.contextmanager
+def opened(conditioning):
+    """Opens the scope for `conditioning`; an inner scope goes before an outer one."""
+    token = _open_scopes.set((conditioning, *_open_scopes.get()))
+    try:
+        yield
+    finally:
+        _open_scopes.reset(token)
+
+
+def is_open():
+    """Whether any conditioning is in force."""
+    return bool(_open_scopes.get())
+
+
+def conditioning_of(kernel):
+    """Returns the innermost open `Conditioning` that trains `kernel`, or `None`."""
+    for conditioning in _open_scopes.get():
+        if conditioning.trains(kernel):
+            return conditioning
+    return None

@@ -1,0 +1,114 @@
+"""Runs one layer forward and backward on whichever backend is in use, and hands back NumPy arrays."""
+
+import contextlib
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+BACKEND = keras.backend.backend()
+
+
+class Pass(NamedTuple):
+    """What one forward and backward pass gave."""
+
+    outputs: np.ndarray
+    input_gradient: np.ndarray | None
+    gradients: list
+
+
+def to_numpy(tensor):
+    """Float64 NumPy array of a tensor or variable; sparse gradients dense, bfloat16 included."""
+    if hasattr(tensor, "values") and hasattr(tensor, "indices"):
+        import tensorflow as tf
+
+        tensor = tf.convert_to_tensor(tensor)
+    return np.asarray(keras.ops.convert_to_numpy(tensor)).astype("float64")
+
+
+def jit(function):
+    """Compiles `function` of tensors as Keras would on this backend (PyTorch is eager by default)."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jit(function)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function)
+    return function
+
+
+def run(layer, inputs, cotangent, optimizer=None, compiled=False):
+    """Returns the outputs of `layer` and the gradients of Σ outputs · cotangent, inside a training step.
+
+    With an `optimizer` the pass runs under its `conditioning()`. Integer inputs have no gradient (`None`).
+    """
+    if not layer.built:
+        layer.build(inputs.shape)
+    if optimizer is not None and not optimizer.built:
+        optimizer.build(layer.trainable_variables)
+    outputs, input_gradient, gradients = _RUN[BACKEND](layer, inputs, cotangent, optimizer, compiled)
+    if input_gradient is not None:
+        input_gradient = to_numpy(input_gradient)
+    return Pass(to_numpy(outputs), input_gradient, [to_numpy(gradient) for gradient in gradients])
+
+
+def _run_jax(layer, inputs, cotangent, optimizer, compiled):
+    import jax
+
+    is_float = np.issubdtype(inputs.dtype, np.floating)
+
+    def loss(trainable, inputs, fixed_inputs, state, optimizer_variables):
+        scope = contextlib.nullcontext() if optimizer is None else optimizer.conditioning(optimizer_variables)
+        with scope:
+            x = inputs if is_float else fixed_inputs
+            outputs, _ = layer.stateless_call(trainable, state, x, training=True)
+        return keras.ops.sum(outputs * keras.ops.cast(cotangent, outputs.dtype)), outputs
+
+    grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    grad = jax.jit(grad) if compiled else grad
+    state = [variable.value for variable in layer.non_trainable_variables]
+    optimizer_variables = [] if optimizer is None else [variable.value for variable in optimizer.variables]
+    trainable = [variable.value for variable in layer.trainable_variables]
+    floats = keras.ops.convert_to_tensor(inputs if is_float else np.zeros(()))
+    (gradients, input_gradient), outputs = grad(trainable, floats, None if is_float else inputs, state, optimizer_variables)
+    return outputs, input_gradient if is_float else None, gradients
+
+
+def _run_tensorflow(layer, inputs, cotangent, optimizer, compiled):
+    import tensorflow as tf
+
+    variables = [variable.value for variable in layer.trainable_variables]
+
+    def step(inputs):
+        scope = contextlib.nullcontext() if optimizer is None else optimizer.conditioning()
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            with scope:
+                outputs = layer(inputs, training=True)
+            loss = tf.reduce_sum(outputs * tf.cast(cotangent, outputs.dtype))
+        gradients = tape.gradient(loss, [inputs, *variables])
+        return outputs, gradients[0], gradients[1:]
+
+    inputs = tf.constant(inputs)
+    if compiled:
+        # The batch size is unknown to the trace, as in most data pipelines.
+        step = tf.function(step, input_signature=[tf.TensorSpec([None, *inputs.shape[1:]], inputs.dtype)])
+    return step(inputs)
+
+
+def _run_torch(layer, inputs, cotangent, optimizer, compiled):
+    inputs = keras.ops.convert_to_tensor(inputs)
+    is_float = inputs.is_floating_point()
+    inputs = inputs.clone().requires_grad_(is_float)
+    layer.zero_grad()
+    scope = contextlib.nullcontext() if optimizer is None else optimizer.conditioning()
+    with scope:
+        outputs = layer(inputs, training=True)
+    (outputs * keras.ops.cast(cotangent, outputs.dtype)).sum().backward()
+    gradients = [variable.value.grad for variable in layer.trainable_variables]
+    return outputs.detach(), inputs.grad, gradients
+
+
+_RUN = {"jax": _run_jax, "tensorflow": _run_tensorflow, "torch": _run_torch}

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Sets up a virtual environment with the tested versions and runs all the tests: the form of the code, then each backend in a
+# process of its own, since Keras fixes its backend when it is imported. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=${KERAS_ISAAC_VENV:-.venv}
+[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+# PyTorch first and by its exact version: its build for the CPU where the machine's index offers one.
+"$venv/bin/pip" install --quiet --disable-pip-version-check "torch==2.13.0"
+"$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e ".[jax,tensorflow,torch,test]"
+
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+
+export TF_CPP_MIN_LOG_LEVEL=3
+failed=0
+for backend in jax tensorflow torch; do
+  echo "== $backend"
+  KERAS_BACKEND=$backend "$venv/bin/python" -m pytest "$@" || failed=1
+done
+exit $failed

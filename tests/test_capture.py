@@ -1,0 +1,358 @@
+import copy
+import pickle
+
+import keras
+import numpy as np
+import pytest
+from harness import to_numpy
+from keras.optimizers import SGD, Adam
+from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
+
+from keras_isaac import ISAAC, capture_inputs
+
+
+def is_captured(layer):
+    return "call" in vars(layer)
+
+
+def test_returns_its_target_which_keeps_class_and_weights():
+    model = mlp()
+    before, paths = weights(model), [w.path for w in model.weights]
+    assert capture_inputs(model) is model
+    assert type(model) is keras.Sequential
+    assert [w.path for w in model.weights] == paths
+    assert_close(weights(model), before, 0)
+    layer = model.layers[0]
+    assert capture_inputs(layer) is layer
+
+
+def test_twice_is_once():
+    twice = trained(ISAAC(damping=0.1), lambda model: capture_inputs(capture_inputs(model)))
+    assert_close(twice, trained(ISAAC(damping=0.1), capture_inputs), 0)
+
+
+def test_two_calls_add_up():
+    def by_layer(model):
+        for layer in model.layers:
+            capture_inputs(model, include=layer)
+
+    assert_close(trained(ISAAC(damping=0.1), by_layer), trained(ISAAC(damping=0.1), capture_inputs), 0)
+
+
+@pytest.mark.parametrize("optimizer", [lambda: SGD(0.1, momentum=0.9), Adam], ids=["sgd", "adam"])
+def test_captured_under_another_optimizer_trains_as_before(optimizer):
+    assert_close(trained(optimizer(), capture_inputs), trained(optimizer()), 0)
+
+
+@pytest.mark.parametrize("when", ["before compile", "after compile", "after fit", "in a callback"])
+@pytest.mark.parametrize("capture", [capture_inputs, lambda model: capture_inputs(model.layers[1])], ids=["model", "layer"])
+def test_capturing_holds_from_the_next_step(when, capture):
+    data = regression(16)
+    model, reference = mlp(), mlp()
+    capture(reference)
+    for each in (model, reference):
+        each.compile(optimizer=SGD(0.1), loss="mse")
+    if when == "before compile":
+        capture(model)
+    fit(reference, data, epochs=2)
+    if when != "before compile" and when != "after compile":
+        start = [keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epoch or capture(model))]
+        fit(model, data, epochs=2, callbacks=start if when == "in a callback" else [])
+    else:
+        fit(model, data, epochs=2)
+    capture(model)
+    for each in (model, reference):
+        each.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    fit(model, data, epochs=2)
+    fit(reference, data, epochs=2)
+    assert_close(weights(model), weights(reference), 0)
+
+
+def test_capturing_more_layers_renews_a_compiled_isaac_step():
+    data = regression(16)
+
+    def run(more):
+        model = mlp()
+        capture_inputs(model, include=model.layers[0])
+        model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+        fit(model, data)
+        more(model)
+        fit(model, data)
+        return weights(model)
+
+    only_first = run(lambda model: None)
+    both = run(capture_inputs)
+    assert_differ(both, only_first)
+    assert_close(run(lambda model: capture_inputs(model.layers[1])), both, 0)
+
+
+def test_compiling_again_with_another_loss_renews_the_step():
+    def run(prepare, optimizer):
+        model = mlp()
+        prepare(model)
+        for loss in ("mse", "mae"):
+            model.compile(optimizer=optimizer(), loss=loss)
+            fit(model, regression())
+        return weights(model)
+
+    assert_close(run(capture_inputs, lambda: ISAAC(0.1, damping=1e8)), run(lambda model: None, lambda: SGD(0.1)), 1e-5)
+
+
+def test_one_layer_of_a_model_built_before_and_after():
+    data = regression(16)
+    selected = trained(ISAAC(damping=0.1), lambda model: capture_inputs(model, include=model.layers[1]), data)
+    alone = trained(ISAAC(damping=0.1), lambda model: capture_inputs(model.layers[1]), data)
+    assert_close(alone, selected, 0)
+    head = capture_inputs(keras.layers.Dense(3, name="head"))
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, activation="tanh"), head])
+    for weight, value in zip(model.trainable_variables, weights(mlp()), strict=True):
+        weight.assign(value)
+    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    fit(model, data)
+    assert_close(weights(model), selected, 0)
+
+
+def nested():
+    inner = keras.Sequential([keras.layers.Dense(5, activation="tanh", name="first")], name="inner")
+    shared = keras.layers.Dense(5, name="shared")
+    inputs = keras.Input((6,))
+    hidden = shared(shared(inner(inputs)))
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(hidden), name="outer"), inner, shared
+
+
+def test_nested_and_shared_layers_are_captured():
+    model, inner, shared = nested()
+    capture_inputs(model)
+    assert all(is_captured(layer) for layer in (inner.layers[0], shared, model.layers[-1]))
+    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    history = fit(model, regression(), epochs=20)
+    assert history.history["loss"][-1] < history.history["loss"][0] / 2
+
+
+def test_shared_layer_is_conditioned_call_by_call():
+    import oracle
+
+    layer = keras.layers.Dense(4, use_bias=False)
+    inputs = [keras.Input((4,)), keras.Input((4,))]
+    model = keras.Model(inputs, keras.layers.Add()([layer(x) for x in inputs]))
+    kernel = to_numpy(layer.kernel)
+    capture_inputs(model).compile(optimizer=ISAAC(1.0, damping=0.1), loss="mse")
+    random = np.random.default_rng(0)
+    first, second, target = random.normal(size=(3, 6, 4)).astype("float32")
+    gradient = 2 * ((first + second).astype("float64") @ kernel - target) / target.size
+    model.train_on_batch([first, second], target)
+    expected = sum(oracle.conditioned_gradient(rows, gradient, 0.1) for rows in (first, second))
+    assert oracle.relative_error(kernel - to_numpy(layer.kernel), expected) < 1e-4
+
+
+class Branches(keras.Model):
+    """A subclassed model that keeps its layers in a list and a dictionary, and creates one as it is built."""
+
+    def __init__(self, units=8, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.blocks = [keras.layers.Dense(units, activation="tanh", name="one"), keras.layers.Dense(units, name="two")]
+        self.heads = {"main": keras.layers.Dense(3, name="main")}
+
+    def build(self, input_shape):
+        self.late = keras.layers.Dense(self.units, name="late")
+        self.late.build((None, self.units))
+        self.blocks[0].build(input_shape)
+        self.blocks[1].build((None, self.units))
+        self.heads["main"].build((None, self.units))
+
+    def call(self, inputs):
+        return self.heads["main"](self.late(self.blocks[1](self.blocks[0](inputs))))
+
+
+def test_subclassed_model_with_later_built_layers():
+    model = capture_inputs(Branches())
+    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    fit(model, regression())
+    assert all(is_captured(layer) for layer in (*model.blocks, model.late, model.heads["main"]))
+
+
+def test_sequential_grows_after_capturing():
+    model = capture_inputs(keras.Sequential([keras.layers.Dense(4, activation="tanh")]))
+    model.add(keras.layers.Dense(3))
+    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    fit(model, regression())
+    assert all(is_captured(layer) for layer in model.layers)
+    model.add(keras.layers.Dense(3))
+    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    fit(model, regression())
+    assert is_captured(model.layers[-1])
+
+
+@pytest.mark.parametrize("options", [None, {"exclude": ".*/main"}], ids=["plain", "with options"])
+def test_class_decorator(options):
+    class Decorated(Branches):
+        pass
+
+    plain_config = Decorated(units=4, name="branches").get_config()
+    for _ in range(2):
+        assert capture_inputs(Decorated, **(options or {})) is Decorated
+    model = Decorated(units=4, name="branches")
+    assert type(model) is Decorated
+    assert model.get_config() == plain_config
+    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    fit(model, regression())
+    assert is_captured(model.blocks[0])
+    assert is_captured(model.heads["main"]) == (options is None)
+    assert not is_captured(Branches().blocks[0])
+
+
+def test_class_decorator_of_a_functional_subclass_and_a_custom_train_step():
+    steps = []
+
+    @capture_inputs
+    class Custom(keras.Model):
+        def __init__(self):
+            inputs = keras.Input((6,))
+            super().__init__(inputs, keras.layers.Dense(3)(inputs))
+
+        def train_step(self, *args, **kwargs):
+            steps.append(1)
+            return super().train_step(*args, **kwargs)
+
+    model = Custom()
+    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    fit(model, regression())
+    assert steps
+
+
+@pytest.mark.parametrize(
+    ("options", "captured"),
+    [
+        ({}, ["first", "shared", "head"]),
+        ({"include": ".*head"}, ["head"]),
+        ({"include": [".*head", ".*shared"]}, ["shared", "head"]),
+        ({"exclude": ".*shared"}, ["first", "head"]),
+        ({"include": ".*", "exclude": ".*head"}, ["first", "shared"]),
+        ({"include": "inner"}, ["first"]),
+        ({"exclude": ("inner", ".*head")}, ["shared"]),
+    ],
+    ids=str,
+)
+def test_include_and_exclude_by_path(options, captured):
+    model, inner, shared = nested()
+    capture_inputs(model, **options)
+    layers = {"first": inner.layers[0], "shared": shared, "head": model.layers[-1]}
+    assert [name for name, layer in layers.items() if is_captured(layer)] == captured
+
+
+def test_include_and_exclude_by_layer():
+    model, inner, shared = nested()
+    capture_inputs(model, include=[inner, shared], exclude=shared)
+    assert [is_captured(layer) for layer in (inner.layers[0], shared, model.layers[-1])] == [True, False, False]
+
+
+def test_error_rules_that_match_nothing():
+    model = mlp()
+    with pytest.raises(ValueError, match=r"`include` matches no layer of Sequential.*hidden.*Received: include='hiden'"):
+        capture_inputs(model, include="hiden")
+    with pytest.raises(ValueError, match="`exclude` matches no layer"):
+        capture_inputs(model, exclude="den")
+    with pytest.raises(ValueError, match=r"`include` matches no layer of Sequential.* Received: include=Dense layer 'other'"):
+        capture_inputs(model, include=keras.layers.Dense(3, name="other"))
+
+
+def test_error_rules_that_match_nothing_in_a_model_built_later():
+    model = capture_inputs(Branches(), include="nowhere")
+    model.compile(optimizer=ISAAC(), loss="mse")
+    with pytest.raises(ValueError, match="`include` matches no layer of Branches"):
+        fit(model, regression())
+
+
+def test_error_layers_that_cannot_be_conditioned_when_named():
+    class Mine(keras.layers.Dense):
+        def call(self, inputs, training=None):
+            return super().call(inputs) * 2
+
+    with pytest.raises(ValueError, match=r"no conditioned form of BatchNormalization layer '.*'\. Supported: Dense"):
+        capture_inputs(keras.layers.BatchNormalization())
+    with pytest.raises(ValueError, match="no conditioned form of Mine layer"):
+        capture_inputs(Mine(3))
+    model = keras.Sequential([keras.Input((6,)), Mine(3, name="mine"), keras.layers.Dense(3)])
+    with pytest.raises(ValueError, match=r"no conditioned form of Mine layer '.*mine'.* Received: include='\.\*mine'"):
+        capture_inputs(model, include=".*mine")
+    capture_inputs(model)
+    assert not is_captured(model.layers[0])
+    assert is_captured(model.layers[1])
+
+
+@pytest.mark.parametrize("target", [None, "model", 3, keras.layers.Dense, SGD])
+def test_error_target_that_is_no_model_or_layer(target):
+    with pytest.raises(TypeError, match=r"takes a `keras.Model`, a `keras.Layer` or.* Received: target="):
+        capture_inputs(target)
+
+
+def test_error_rules_of_another_type_or_for_a_layer():
+    with pytest.raises(TypeError, match=r"`include` takes layers and regular expressions .* \(of type int\)"):
+        capture_inputs(mlp(), include=3)
+    with pytest.raises(ValueError, match="`include` and `exclude` choose among the layers of a model"):
+        capture_inputs(keras.layers.Dense(3), include=".*")
+
+
+def test_subclass_that_keeps_call_is_captured():
+    class Named(keras.layers.Dense):
+        """Nothing of its own but a name."""
+
+    assert is_captured(capture_inputs(Named(3)))
+
+
+def test_frozen_layers_train_as_frozen():
+    def freeze(model):
+        model.layers[0].trainable = False
+        capture_inputs(model)
+
+    before, after = weights(mlp()), trained(ISAAC(damping=0.1), freeze)
+    assert_differ(after, before[2:])
+    model = mlp()
+    freeze(model)
+    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    fit(model, regression())
+    assert_close([to_numpy(w) for w in model.layers[0].weights], before[:2])
+
+
+@pytest.mark.parametrize("copied", ["clone", "deepcopy", "pickle"])
+def test_copies_are_plain_and_the_original_stays_captured(copied):
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    copy_of = {"clone": keras.models.clone_model, "deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+    other = copy_of[copied](model)
+    assert not any(is_captured(layer) for layer in other.layers)
+    fit(model, regression())
+    assert is_captured(model.layers[0])
+    other.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    with pytest.raises(ValueError, match="no captured layer took part"):
+        fit(other, regression())
+
+
+def test_regularizers_and_constraints_work_as_before():
+    kwargs = {"kernel_regularizer": "l2", "activity_regularizer": "l2", "kernel_constraint": "non_neg"}
+
+    def run(optimizer):
+        model = capture_inputs(mlp(**kwargs))
+        model.compile(optimizer=optimizer, loss="mse")
+        fit(model, regression())
+        return weights(model)
+
+    assert_close(run(ISAAC(0.1, damping=1e8)), run(SGD(0.1)), 1e-5)
+    assert run(ISAAC(0.1, damping=0.1))[0].min() >= 0
+
+
+def test_lora_trains_plain_for_now():
+    model = mlp()
+    model.layers[0].enable_lora(2)
+    capture_inputs(model).compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    before = to_numpy(model.layers[0].lora_kernel_b)
+    fit(model, regression())
+    assert np.abs(to_numpy(model.layers[0].lora_kernel_b) - before).max() > 0
+
+
+def test_integer_inputs():
+    model = capture_inputs(keras.Sequential([keras.Input((6,), dtype="int32"), keras.layers.Dense(3)]))
+    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    inputs, targets = regression()
+    fit(model, ((inputs * 3).astype("int32"), targets))

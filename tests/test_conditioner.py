@@ -1,0 +1,213 @@
+"""The conditioner against the float64 oracle, and what the paper proves of it."""
+
+import keras
+import numpy as np
+import oracle
+import pytest
+from harness import BACKEND, jit, to_numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+from oracle import relative_error
+
+from keras_isaac import ISAAC, capture_inputs
+from keras_isaac.conditioner import conditioned_gradient
+
+EPSILON = 2.0**-23
+
+
+def conditioned(rows, output_gradient, damping, compiled=False):
+    function = jit(conditioned_gradient) if compiled else conditioned_gradient
+    return to_numpy(function(*(ops.convert_to_tensor(np.asarray(x, "float32")) for x in (rows, output_gradient, damping))))
+
+
+def normal(*shapes, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.normal(size=shape).astype("float32") for shape in shapes]
+
+
+def eigenvalues(rows):
+    """Of the smaller of XᵀX/r and XXᵀ/r."""
+    return np.linalg.svd(rows.astype("float64") / np.sqrt(len(rows)), compute_uv=False) ** 2
+
+
+def condition(rows, damping):
+    """The condition number of the matrix to invert, by which no algorithm's rounding errors can be less amplified."""
+    return (eigenvalues(rows).max() + damping) / (eigenvalues(rows).min() + damping)
+
+
+@st.composite
+def problems(draw):
+    num_rows, num_features, num_outputs = (draw(st.integers(1, 9)) for _ in range(3))
+    rows, gradient = normal((num_rows, num_features), (num_rows, num_outputs), seed=draw(st.integers(0, 10**6)))
+    return rows, gradient, 10.0 ** draw(st.floats(-8, 8))
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems())
+def test_is_the_oracles_to_the_conditioning_of_the_problem(problem):
+    rows, gradient, damping = problem
+    # The float32 floor of the damping is part of what is promised.
+    resolved = max(damping, EPSILON * eigenvalues(rows).mean())
+    expected = oracle.conditioned_gradient(rows, gradient, resolved) * (damping / resolved)
+    assert relative_error(conditioned(rows, gradient, damping), expected) < 30 * EPSILON * condition(rows, resolved)
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems())
+def test_theorem_direction_of_increase_for_any_damping(problem):
+    rows, gradient, damping = problem
+    plain = rows.T.astype("float64") @ gradient
+    assert np.sum(conditioned(rows, gradient, damping) * plain) > 0
+
+
+@pytest.mark.parametrize(("rows", "features", "outputs"), [(60, 400, 300), (60, 400, 500), (400, 60, 100), (1, 8, 8)])
+@pytest.mark.parametrize("damping", [1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4, 1e8])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_float32_is_accurate_over_sixteen_decades_of_damping(rows, features, outputs, damping, compiled):
+    inputs, gradient = normal((rows, features), (rows, outputs))
+    expected = oracle.conditioned_gradient(inputs, gradient, np.float32(damping))
+    assert relative_error(conditioned(inputs, gradient, damping, compiled), expected) < 1e-5
+
+
+def test_theorem_infinite_damping_is_the_gradient_and_vanishing_damping_the_pseudo_inverse():
+    for shape in ((5, 9), (9, 5)):
+        rows, gradient = normal(shape, (shape[0], 3))
+        plain = rows.T.astype("float64") @ gradient
+        assert relative_error(conditioned(rows, gradient, 1e30), plain) < 1e-6
+        newton = np.linalg.pinv(rows.T.astype("float64") @ rows / len(rows), rcond=1e-10) @ plain
+        assert relative_error(conditioned(rows, gradient, 1e-7) / 1e-7, newton) < 1e-4
+
+
+def test_theorem_isaac_is_kfac_as_the_output_damping_grows():
+    rows, per_sample = normal((12, 7), (12, 4))
+    mean_loss_gradient = per_sample / len(rows)
+    kfac = oracle.kfac_gradient(rows, per_sample, 0.3, output_damping=1e9)
+    assert relative_error(conditioned(rows, mean_loss_gradient, 0.3), kfac) < 1e-5
+
+
+def test_theorem_both_dampings_vanishing_give_kfacs_step():
+    rows, per_sample = normal((12, 7), (12, 4))
+    covariance, fisher = (x.T.astype("float64") @ x / len(x) for x in (rows, per_sample))
+    step = np.linalg.inv(covariance) @ (rows.T.astype("float64") @ per_sample / len(rows)) @ np.linalg.inv(fisher)
+    limit = oracle.kfac_gradient(rows, per_sample, 1e-9, output_damping=1e-9) / 1e-18
+    assert relative_error(limit, step) < 1e-5
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["linear regression", "last layer"])
+def test_theorem_gauss_newton_for_the_last_layer_under_squared_error(hidden):
+    inputs, targets = normal((40, 6), (40, 3))
+    head = keras.layers.Dense(3, use_bias=False)
+    body = [keras.layers.Dense(4, activation="tanh", trainable=False)] if hidden else []
+    model = keras.Sequential([keras.Input((6,)), *body, head])
+    features = keras.ops.convert_to_numpy(model.layers[0](inputs)) if hidden else inputs
+    damping = 1e-4
+    # For the mean over 3 outputs the Gauss-Newton matrix is 2/3 XᵀX/r; a full step with ζ* = λ(...)⁻¹∇ is 3/2 / λ long.
+    capture_inputs(model).compile(optimizer=ISAAC(learning_rate=1.5 / damping, damping=damping), loss="mse")
+    model.train_on_batch(inputs, targets)
+    solution = np.linalg.lstsq(features.astype("float64"), targets.astype("float64"), rcond=None)[0]
+    assert relative_error(to_numpy(head.kernel), solution) < 1e-2
+
+
+def test_batch_of_one_is_the_gradient_scaled():
+    rows, gradient = normal((1, 7), (1, 5))
+    expected = rows.T @ gradient * 0.3 / (0.3 + np.sum(rows.astype("float64") ** 2))
+    assert relative_error(conditioned(rows, gradient, 0.3), expected) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)], ids=["sample side", "feature side"])
+@pytest.mark.parametrize("kind", ["duplicate rows", "a zero row", "constant", "zero feature", "rank one"])
+@pytest.mark.parametrize("damping", [1e-8, 1e-2, 1.0])
+def test_degenerate_rows(shape, kind, damping):
+    rows, gradient = normal(shape, (shape[0], 4))
+    if kind == "duplicate rows":
+        rows[1::2] = rows[::2][: len(rows[1::2])]
+    elif kind == "a zero row":
+        rows[0] = 0
+    elif kind == "zero feature":
+        rows[:, 0] = 0
+    else:
+        rows[:] = 1.0 if kind == "constant" else rows[:1]
+    actual = conditioned(rows, gradient, damping)
+    assert np.isfinite(actual).all()
+    if damping > 1e-6:
+        expected = oracle.conditioned_gradient(rows, gradient, damping)
+        assert relative_error(actual, expected) < 30 * EPSILON * condition(rows, damping)
+
+
+def test_all_rows_zero_have_the_zero_gradient():
+    rows, gradient = normal((6, 9), (6, 4))
+    np.testing.assert_array_equal(conditioned(0 * rows, gradient, 1.0), 0)
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)], ids=["sample side", "feature side"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
+def test_no_scale_of_the_inputs_overflows(shape, scale):
+    rows, gradient = normal(shape, (shape[0], 4))
+    damping = np.float32(1e-30 if scale == 1e-15 else 0.5 * min(scale**2, 1e30))
+    actual = conditioned(rows * np.float32(scale), gradient, damping)
+    expected = oracle.conditioned_gradient(rows.astype("float64") * scale, gradient, damping)
+    assert np.isfinite(actual).all()
+    if scale != 1e-30:  # There a damping of the inputs' scale is below the smallest float32.
+        assert relative_error(actual, expected) < (1e-5 if scale != 1e30 else np.inf)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)], ids=["sample side", "feature side"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["rows", "gradient"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_non_finite_in_non_finite_out_and_no_exception(shape, bad, where, compiled):
+    rows, gradient = normal(shape, (shape[0], 4))
+    {"rows": rows, "gradient": gradient}[where][2, 1] = bad
+    assert not np.isfinite(conditioned(rows, gradient, 0.5, compiled)).all()
+
+
+def test_both_sides_are_one_matrix():
+    from keras_isaac import conditioner
+
+    rows, gradient = (ops.convert_to_tensor(x) for x in normal((8, 8), (8, 5)))
+    damping = ops.convert_to_tensor(np.float32(0.5))
+    sample, feature = (
+        to_numpy(side(rows, gradient, damping)) for side in (conditioner._sample_side, conditioner._feature_side)
+    )
+    assert relative_error(sample, feature) < 1e-5
+
+
+def test_groups_are_conditioned_apart():
+    rows, gradient = normal((3, 6, 9), (3, 6, 4))
+    together = conditioned(rows, gradient, 0.5)
+    for group in range(3):
+        assert relative_error(together[group], oracle.conditioned_gradient(rows[group], gradient[group], 0.5)) < 1e-5
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has float64 only where the process enables it")
+def test_float64_rows_are_conditioned_in_float64():
+    rows, gradient = (x.astype("float64") for x in normal((6, 9), (6, 4)))
+    result = conditioned_gradient(*(ops.convert_to_tensor(x, dtype="float64") for x in (rows, gradient, 1e-6)))
+    assert relative_error(to_numpy(result), oracle.conditioned_gradient(rows, gradient, 1e-6)) < 1e-12
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the authors' package is PyTorch's")
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)], ids=["b < n", "b > n", "b = n"])
+def test_agrees_with_the_authors_package(shape):
+    import isaac
+    import torch
+
+    rows, gradient = (torch.tensor(x) for x in normal(shape, (shape[0], 4)))
+    theirs = isaac.Linear(shape[1], 4, la=0.5, inv_type="inverse")
+    theirs(rows).backward(gradient)
+    ours = conditioned(rows, gradient, 0.5)
+    assert relative_error(ours, theirs.weight.grad.numpy().T) < 1e-5
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the authors' package is PyTorch's")
+def test_keeps_the_digits_that_the_authors_package_loses():
+    import isaac
+    import torch
+
+    rows, gradient = normal((60, 400), (60, 300))
+    theirs = isaac.Linear(400, 300, la=1e-6, inv_type="inverse")
+    theirs(torch.tensor(rows)).backward(torch.tensor(gradient))
+    expected = oracle.conditioned_gradient(rows, gradient, 1e-6)
+    assert relative_error(theirs.weight.grad.numpy().T, expected) > 0.1
+    assert relative_error(conditioned(rows, gradient, 1e-6), expected) < 1e-5

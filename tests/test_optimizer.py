@@ -1,0 +1,285 @@
+import keras
+import numpy as np
+import pytest
+from harness import BACKEND, to_numpy
+from keras.optimizers import SGD, Adam, LossScaleOptimizer
+from keras.optimizers.schedules import ExponentialDecay, PiecewiseConstantDecay
+from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
+
+from keras_isaac import ISAAC, capture_inputs
+from keras_isaac.optimizer import isaacs_in
+
+
+@pytest.mark.parametrize(
+    ("arguments", "inner", "learning_rate"),
+    [
+        ({}, SGD, 0.1),
+        ({"learning_rate": 0.5}, SGD, 0.5),
+        ({"inner_optimizer": "adam"}, Adam, 0.001),
+        ({"inner_optimizer": "adam", "learning_rate": 0.01}, Adam, 0.01),
+        ({"inner_optimizer": Adam, "learning_rate": 0.01}, Adam, 0.01),
+        ({"inner_optimizer": SGD}, SGD, 0.1),
+        ({"inner_optimizer": "muon"}, keras.optimizers.Muon, 0.001),
+    ],
+    ids=str,
+)
+def test_inner_optimizer_by_name_and_class(arguments, inner, learning_rate):
+    optimizer = ISAAC(**arguments)
+    assert isinstance(optimizer.inner_optimizer, inner)
+    assert float(to_numpy(optimizer.learning_rate)) == pytest.approx(learning_rate)
+
+
+def test_inner_optimizer_instance_and_keyword_arguments():
+    adam = Adam(1e-3)
+    assert ISAAC(inner_optimizer=adam).inner_optimizer is adam
+    assert ISAAC(momentum=0.9, clipnorm=1.0, weight_decay=0.1).inner_optimizer.get_config()["momentum"] == 0.9
+    positional = ISAAC(0.5, 2.0, "adam", "mine")
+    assert (float(to_numpy(positional.damping)), positional.name) == (2.0, "mine")
+
+
+@pytest.mark.parametrize("damping", [0, 0.0, -1.0, float("nan"), float("inf"), "one", None, True, [1.0], np.float32(-1)])
+def test_error_damping_that_is_no_positive_number(damping):
+    with pytest.raises(ValueError, match=r"`damping` must be a finite number above 0 .* Received: damping="):
+        ISAAC(damping=damping)
+    with pytest.raises(ValueError, match="`damping` must be a finite number above 0"):
+        ISAAC().damping = damping
+
+
+def test_error_arguments_beside_an_instance():
+    with pytest.raises(
+        ValueError, match=r"`learning_rate` cannot be given .* Write .*keras.optimizers.Adam\(learning_rate=0.1\)"
+    ):
+        ISAAC(0.1, inner_optimizer=Adam())
+    with pytest.raises(ValueError, match="`momentum`, `clipnorm` cannot be given beside an `inner_optimizer` instance"):
+        ISAAC(inner_optimizer=SGD(), momentum=0.9, clipnorm=1.0)
+
+
+def test_error_inner_optimizer_that_is_none():
+    with pytest.raises(TypeError, match="must be the name of a Keras optimizer, its class or an instance"):
+        ISAAC(inner_optimizer=3)
+    with pytest.raises(TypeError, match="must be the name"):
+        ISAAC(inner_optimizer=keras.layers.Dense)
+    for inner_optimizer in (ISAAC(), LossScaleOptimizer(SGD())):
+        with pytest.raises(ValueError, match=r"cannot stand inside `ISAAC`\. Put it around it"):
+            ISAAC(inner_optimizer=inner_optimizer)
+
+
+def test_error_unknown_inner_argument_is_keras_own():
+    with pytest.raises((TypeError, ValueError), match="momentom"):
+        ISAAC(momentom=0.9)
+
+
+@pytest.mark.parametrize("damping", [0.5, 2, np.float32(0.25), np.float64(4)])
+def test_damping_reads_and_sets(damping):
+    optimizer = ISAAC(damping=damping)
+    assert float(to_numpy(optimizer.damping)) == damping
+    optimizer.damping = 3.0
+    assert float(to_numpy(optimizer.damping)) == 3.0
+    optimizer.damping = np.float32(1.5)
+    assert float(to_numpy(optimizer.damping)) == 1.5
+
+
+def test_error_a_schedule_is_not_settable():
+    schedule = ExponentialDecay(1.0, 10, 0.5)
+    for optimizer, damping in ((ISAAC(damping=schedule), 1.0), (ISAAC(), schedule)):
+        with pytest.raises(TypeError, match="To change it, compile the model with a new"):
+            optimizer.damping = damping
+
+
+def test_damping_set_between_fits_reaches_the_compiled_step():
+    def weights_after(second_damping):
+        model = capture_inputs(mlp())
+        model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+        fit(model, regression())
+        model.optimizer.damping = second_damping
+        fit(model, regression())
+        return weights(model)
+
+    assert_differ(weights_after(0.1), weights_after(100.0))
+
+
+def test_damping_schedule_moves_inside_a_compiled_fit():
+    data = regression()
+    schedule = PiecewiseConstantDecay([2], [0.05, 1e8])
+    scheduled = trained(ISAAC(damping=schedule), capture_inputs, data, epochs=3)
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(damping=0.05), loss="mse")
+    for step in range(9):
+        batch = slice(step % 3 * 16, step % 3 * 16 + 16)
+        # Keras' piecewise schedule changes after its boundary: steps 0, 1 and 2 have the first value.
+        model.optimizer.damping = 0.05 if step <= 2 else 1e8
+        model.train_on_batch(data[0][batch], data[1][batch])
+    assert_close(scheduled, weights(model))
+    assert_differ(scheduled, trained(ISAAC(damping=0.05), capture_inputs, data, epochs=3))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        {"inner_optimizer": "sgd", "momentum": 0.9, "nesterov": True},
+        {"inner_optimizer": "adam", "learning_rate": 0.01, "clipnorm": 0.05},
+        {"inner_optimizer": "sgd", "global_clipnorm": 0.05},
+        {"inner_optimizer": "sgd", "weight_decay": 0.1},
+        {"inner_optimizer": "adam", "use_ema": True, "ema_momentum": 0.5},
+        {"inner_optimizer": "sgd", "gradient_accumulation_steps": 3},
+        {"inner_optimizer": "rmsprop"},
+        {"inner_optimizer": "sgd", "learning_rate": ExponentialDecay(0.2, 2, 0.5)},
+        {"inner_optimizer": "sgd", "loss_scale_factor": 8.0},
+    ],
+    ids=lambda inner: "-".join(inner),
+)
+def test_huge_damping_is_the_inner_optimizer(inner):
+    arguments = {"learning_rate": 0.1, **inner}
+    name = arguments.pop("inner_optimizer")
+    plain = trained(
+        getattr(keras.optimizers, {"sgd": "SGD", "adam": "Adam", "rmsprop": "RMSprop"}[name])(**arguments), epochs=3
+    )
+    isaac = trained(ISAAC(damping=1e8, inner_optimizer=name, **arguments), capture_inputs, epochs=3)
+    assert_close(isaac, plain, 1e-5)
+    assert_differ(trained(ISAAC(damping=0.1, inner_optimizer=name, **arguments), capture_inputs, epochs=3), plain)
+
+
+def test_gradient_accumulation_averages_conditioned_gradients():
+    data = regression()
+    accumulated = trained(ISAAC(damping=0.1, gradient_accumulation_steps=3), capture_inputs, data)
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(learning_rate=1.0, damping=0.1), loss="mse")
+    start, mean_step = weights(model), 0.0
+    for batch in range(3):
+        for weight, value in zip(model.trainable_variables, start, strict=True):
+            weight.assign(value)
+        model.train_on_batch(data[0][16 * batch :][:16], data[1][16 * batch :][:16])
+        mean_step += np.concatenate([(a - b).ravel() for a, b in zip(weights(model), start, strict=True)]) / 3
+    step = np.concatenate([(a - b).ravel() for a, b in zip(accumulated, start, strict=True)])
+    np.testing.assert_allclose(step, 0.1 * mean_step, atol=1e-6)
+
+
+def test_iterations_are_the_inner_optimizers():
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(), loss="mse")
+    fit(model, regression(), epochs=2)
+    assert int(to_numpy(model.optimizer.iterations)) == int(to_numpy(model.optimizer.inner_optimizer.iterations)) == 6
+
+
+def test_learning_rate_callbacks():
+    seen = []
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(learning_rate=0.5), loss="mse")
+    callbacks = [
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5),
+        keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: seen.append(float(to_numpy(model.optimizer.learning_rate)))
+        ),
+    ]
+    fit(model, regression(), epochs=3, callbacks=callbacks)
+    assert seen == [0.25, 0.125, 0.0625]
+    plateau = keras.callbacks.ReduceLROnPlateau(monitor="loss", factor=0.1, patience=1, min_delta=1e6)
+    fit(model, regression(), epochs=3, callbacks=[plateau])
+    assert float(to_numpy(model.optimizer.learning_rate)) < 0.0625 / 5
+    model.optimizer.learning_rate = 0.3
+    assert float(to_numpy(model.optimizer.inner_optimizer.learning_rate)) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: ISAAC(),
+        lambda: ISAAC(0.2, 0.3, "adam", beta_1=0.8, clipnorm=1.0),
+        lambda: ISAAC(damping=ExponentialDecay(1.0, 10, 0.5)),
+        lambda: ISAAC(learning_rate=ExponentialDecay(0.1, 10, 0.5), name="named"),
+        lambda: ISAAC(inner_optimizer=keras.optimizers.Muon(0.01)),
+    ],
+    ids=["default", "arguments", "damping schedule", "learning rate schedule", "instance"],
+)
+def test_config_round_trip(optimizer):
+    optimizer = optimizer()
+    for copy in (
+        ISAAC.from_config(optimizer.get_config()),
+        keras.optimizers.deserialize(keras.optimizers.serialize(optimizer)),
+        keras.optimizers.get(keras.optimizers.serialize(optimizer)),
+    ):
+        assert copy.get_config() == optimizer.get_config()
+        assert type(copy.inner_optimizer) is type(optimizer.inner_optimizer)
+
+
+def test_error_no_captured_layer():
+    message = (
+        r"no captured layer took part .* Write `model = capture_inputs\(model\)`.* Received gradients for: .*hidden/kernel"
+    )
+    with pytest.raises(ValueError, match=message):
+        trained(ISAAC())
+
+
+def test_error_only_frozen_layers_captured():
+    def capture_frozen(model):
+        model.layers[0].trainable = False
+        capture_inputs(model, include=model.layers[0])
+
+    with pytest.raises(ValueError, match="see that a captured layer is trainable"):
+        trained(ISAAC(), capture_frozen)
+
+
+def test_found_inside_other_optimizers():
+    isaac = ISAAC()
+    assert isaacs_in(isaac) == [isaac]
+    assert isaacs_in(LossScaleOptimizer(isaac)) == [isaac]
+    multi = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(SGD(), {".*head.*": isaac}))
+    assert isaacs_in(multi) == [isaac]
+    assert isaacs_in(SGD()) == isaacs_in(None) == []
+
+
+def test_inside_a_multi_optimizer_only_its_own_variables_are_conditioned():
+    def multi(head):
+        return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(SGD(0.1), {".*head.*": head}))
+
+    data = regression(16)
+    mixed = trained(multi(ISAAC(damping=0.1)), capture_inputs, data)
+    plain = trained(SGD(0.1), None, data)
+    isaac = trained(ISAAC(damping=0.1), capture_inputs, data)
+    assert_close(mixed, plain[:2] + isaac[2:])
+    assert_differ(mixed[2:], plain[2:])
+
+
+def test_inside_a_loss_scale_optimizer():
+    scaled = trained(LossScaleOptimizer(ISAAC(damping=0.1)), capture_inputs)
+    assert_close(scaled, trained(ISAAC(damping=0.1), capture_inputs), 1e-5)
+
+
+def test_non_finite_gradients_are_skipped_under_loss_scaling():
+    inputs, targets = regression(16)
+    model = capture_inputs(mlp())
+    model.compile(optimizer=LossScaleOptimizer(ISAAC(damping=0.1), initial_scale=16.0), loss="mse")
+    model.train_on_batch(inputs, targets)
+    before = weights(model)
+    inputs[3, 1] = np.inf
+    model.train_on_batch(inputs, targets)
+    assert_close(weights(model), before, 0)
+    assert float(to_numpy(model.optimizer.dynamic_scale)) == 8.0
+
+
+def test_exclude_from_weight_decay_reaches_the_inner_optimizer():
+    def decayed(optimizer):
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        return optimizer
+
+    plain = trained(decayed(SGD(0.1, weight_decay=0.5)))
+    assert_close(trained(decayed(ISAAC(0.1, 1e8, weight_decay=0.5)), capture_inputs), plain, 1e-5)
+
+
+def test_variables_are_saved_once_and_set_in_order():
+    optimizer = ISAAC(damping=0.5, inner_optimizer="adam")
+    optimizer.build(mlp().trainable_variables)
+    assert len(optimizer.variables) == len({id(v) for v in optimizer.variables})
+    assert optimizer.variables[0] is optimizer.damping
+    values = [to_numpy(v) + 1 for v in optimizer.variables]
+    optimizer.set_weights(values)
+    assert_close([to_numpy(v) for v in optimizer.variables], values)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX is stateless: see test_loops.py")
+def test_apply_gradients_returns_the_iterations():
+    model = capture_inputs(mlp())
+    optimizer = ISAAC()
+    with optimizer.conditioning():
+        model(np.ones((2, 6), "float32"))
+    assert int(to_numpy(optimizer.apply_gradients([(v.value * 0, v) for v in model.trainable_variables]))) == 1

@@ -1,0 +1,202 @@
+"""Whole training runs: against NumPy float64 (and so the backends against each other), compiled and eager, resumed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import oracle
+import pytest
+from harness import BACKEND
+from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
+
+from keras_isaac import ISAAC, capture_inputs
+
+
+def numpy_training(inputs, targets, num_steps, batch_size, learning_rate, damping, momentum):
+    """Ten lines of float64: a tanh network under the mean squared error, SGD with momentum on conditioned gradients."""
+    parameters = [np.asarray(w) for w in weights(mlp())]
+    velocity = [np.zeros_like(p) for p in parameters]
+    for step in range(num_steps):
+        start = step * batch_size % len(inputs)
+        x, y = inputs[start : start + batch_size].astype("float64"), targets[start : start + batch_size].astype("float64")
+        kernel, bias, head_kernel, head_bias = parameters
+        hidden = np.tanh(x @ kernel + bias)
+        output_gradient = 2 * (hidden @ head_kernel + head_bias - y) / y.size
+        hidden_gradient = (output_gradient @ head_kernel.T) * (1 - hidden**2)
+        gradients = [
+            oracle.conditioned_gradient(x, hidden_gradient, damping),
+            hidden_gradient.sum(0),
+            oracle.conditioned_gradient(hidden, output_gradient, damping),
+            output_gradient.sum(0),
+        ]
+        velocity = [momentum * v - learning_rate * g for v, g in zip(velocity, gradients, strict=True)]
+        parameters = [p + v for p, v in zip(parameters, velocity, strict=True)]
+    return parameters
+
+
+MODES = {
+    "default": {},
+    "eager": {"run_eagerly": True},
+    "jit": {"jit_compile": True},
+    "no jit": {"jit_compile": False},
+}
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.slow if (mode, BACKEND) == ("jit", "torch") else ()) for mode in MODES]
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_ten_steps_are_numpys_on_every_backend_compiled_and_eager(mode):
+    inputs, targets = regression(40)  # The last batch of an epoch is smaller: 16, 16, 8 rows; the hidden layer is 8 wide.
+    options = {"learning_rate": 0.2, "damping": 0.05, "momentum": 0.9}
+    numpy = numpy_training(inputs[:32], targets[:32], 10, 16, **options)
+    # The same ten steps of two batches of 16: rows more than features in both layers.
+    actual = trained(ISAAC(**options), capture_inputs, (inputs[:32], targets[:32]), MODES[mode], epochs=5)
+    assert_close(actual, numpy, 1e-4)
+
+
+def test_ten_steps_with_fewer_rows_than_features_and_a_smaller_last_batch():
+    inputs, targets = regression(12)
+    options = {"learning_rate": 0.2, "damping": 0.05, "momentum": 0.9}
+    numpy = numpy_training(inputs, targets, 9, 5, **options)
+
+    # 5, 5 and 2 rows: NumPy's slices wrap in the same way.
+    batches = [slice(step * 5 % 12, step * 5 % 12 + 5) for step in range(9)]
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(**options), loss="mse")
+    for batch in batches:
+        model.train_on_batch(inputs[batch], targets[batch])
+    assert_close(weights(model), numpy, 1e-4)
+    assert len({len(inputs[batch]) for batch in batches}) > 1
+
+
+def test_fit_with_a_smaller_last_batch():
+    inputs, targets = regression(40)
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    for _ in range(2):
+        for start in (0, 16, 32):
+            model.train_on_batch(inputs[start : start + 16], targets[start : start + 16])
+    assert_close(trained(ISAAC(damping=0.1), capture_inputs, (inputs, targets), epochs=2), weights(model), 1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.data")
+@pytest.mark.parametrize("drop_remainder", [False, True])
+def test_tensorflow_datasets_with_and_without_a_static_batch_size(drop_remainder):
+    import tensorflow as tf
+
+    data = regression(48)
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(16, drop_remainder=drop_remainder)
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    model.fit(dataset, verbose=0, shuffle=False)
+    assert_close(weights(model), trained(ISAAC(damping=0.1), capture_inputs, data), 1e-5)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has steps_per_execution on JAX and TensorFlow")
+def test_steps_per_execution():
+    options = {"steps_per_execution": 3}
+    assert_close(
+        trained(ISAAC(damping=0.1), capture_inputs, None, options, epochs=2),
+        trained(ISAAC(damping=0.1), capture_inputs, epochs=2),
+    )
+
+
+def test_non_finite_inputs_train_on_without_an_exception_as_under_sgd():
+    inputs, targets = regression(16)
+    inputs[3, 1] = np.nan
+    for options in MODES["default"], MODES["eager"]:
+        after = trained(ISAAC(damping=0.1), capture_inputs, (inputs, targets), options)
+        assert not np.isfinite(after[0]).all()
+
+
+def test_it_learns_faster_than_its_inner_optimizer_at_the_same_rate():
+    data = regression(256, seed=1)
+
+    def loss(optimizer):
+        model = capture_inputs(mlp(width=32))
+        model.compile(optimizer=optimizer, loss="mse")
+        return fit(model, data, epochs=10).history["loss"][-1]
+
+    assert loss(ISAAC(inner_optimizer="adam", learning_rate=0.01, damping=0.1)) < loss(keras.optimizers.Adam(0.01))
+
+
+OPTIMIZERS = {
+    "momentum": "ISAAC(damping=0.3, momentum=0.9)",
+    "adam": "ISAAC(damping=0.3, inner_optimizer='adam', learning_rate=0.01)",
+    "schedules": "ISAAC(keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.9),"
+    " keras.optimizers.schedules.ExponentialDecay(1.0, 2, 0.5), momentum=0.9)",
+    "accumulation": "ISAAC(damping=0.3, gradient_accumulation_steps=2, momentum=0.9)",
+    "average": "ISAAC(damping=0.3, use_ema=True, inner_optimizer='adam')",
+    "loss scale": "keras.optimizers.LossScaleOptimizer(ISAAC(damping=0.3, inner_optimizer='adam'))",
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_saved_mid_training_and_resumed_in_a_fresh_process_continues_bit_for_bit(optimizer, tmp_path):
+    model = capture_inputs(mlp())
+    model.compile(optimizer=eval(OPTIMIZERS[optimizer]), loss="mse")
+    for _ in range(5):
+        model.train_on_batch(*regression(16))
+    if optimizer != "schedules":
+        isaac = getattr(model.optimizer, "inner_optimizer", None) if optimizer == "loss scale" else model.optimizer
+        isaac.damping = 0.25
+    model.save(tmp_path / "model.keras")
+    for _ in range(5):
+        model.train_on_batch(*regression(16))
+    script = (
+        "import sys, json, keras; from models import regression, weights; from keras_isaac import capture_inputs\n"
+        "model = capture_inputs(keras.models.load_model(sys.argv[1]))\n"
+        "for _ in range(5): model.train_on_batch(*regression(16))\n"
+        "print(json.dumps([w.tolist() for w in weights(model)]))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "model.keras")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    assert result.returncode == 0, result.stderr
+    resumed = [np.asarray(w) for w in json.loads(result.stdout.splitlines()[-1])]
+    assert_close(resumed, weights(model), 0)
+
+
+def test_a_saved_model_loads_where_the_package_is_not_installed(tmp_path):
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(), loss="mse")
+    model.train_on_batch(*regression(16))
+    model.save(tmp_path / "model.keras")
+    script = (
+        "import sys; sys.modules['keras_isaac'] = None\n"
+        "import keras; model = keras.models.load_model(sys.argv[1], compile=False)\n"
+        "print(float(keras.ops.sum(model.get_layer('hidden').kernel)))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "model.keras")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.splitlines()[-1]) == pytest.approx(weights(model)[0].sum(), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The `native_serialization` parameter:DeprecationWarning")
+def test_export_equals_predict(tmp_path):
+    if BACKEND == "torch":
+        pytest.importorskip("torch_xla", reason="Keras exports SavedModel from PyTorch through torch_xla")
+    import tensorflow as tf
+
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(), loss="mse")
+    inputs, targets = regression(16)
+    model.train_on_batch(inputs, targets)
+    model.export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    served = exported.serve(inputs)
+    np.testing.assert_allclose(served, model.predict(inputs, verbose=0), atol=1e-6)
+
+
+def test_a_weight_is_never_lost_to_a_singular_batch():
+    inputs = np.ones((16, 6), "float32")
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(damping=1e-8), loss="mse")
+    before = weights(model)
+    fit(model, (inputs, np.zeros((16, 3), "float32")), epochs=3)
+    assert all(np.isfinite(w).all() for w in weights(model))
+    assert_differ(weights(model), before)
