@@ -105,6 +105,8 @@ class ISAAC(keras.optimizers.Optimizer):
             ValueError: on the JAX backend, if `optimizer_variables` is missing or of another length.
 
         Example:
+        >>> import keras
+        >>> from keras_isaac import ISAAC, capture_inputs
         >>> optimizer = ISAAC(inner_optimizer="adam")
         >>> layer = capture_inputs(keras.layers.Dense(1))
         >>> layer.build((None, 3))
@@ -118,8 +120,8 @@ class ISAAC(keras.optimizers.Optimizer):
             if optimizer_variables is None or len(optimizer_variables) != len(self.variables):
                 raise ValueError(
                     "On the JAX backend `conditioning()` takes the values of the optimizer's variables, so that a change of "
-                    "the damping reaches a compiled step. Write `with optimizer.conditioning(optimizer_variables):` with the same "
-                    f"list of {len(self.variables)} tensors that goes to `stateless_apply`. "
+                    "the damping reaches a compiled step. Write `with optimizer.conditioning(optimizer_variables):` with the "
+                    f"same list of {len(self.variables)} tensors that goes to `stateless_apply`. "
                     f"Received: optimizer_variables={received}"
                 )
             mapping = list(zip(self.variables, optimizer_variables, strict=True))
