@@ -12,7 +12,7 @@ import weakref
 import keras
 
 from keras_isaac import scope
-from keras_isaac.layers import SUPPORTED, adapter_of
+from keras_isaac.layers import adapter_of, supported_kinds
 from keras_isaac.optimizer import isaacs_in
 
 # Layers that were captured by themselves, and of which no model is known yet.
@@ -77,7 +77,7 @@ class _Selection:
     def apply(self, model):
         """Captures the selected layers of `model`; raises if a rule matched nothing although all paths are known."""
         matched, chosen = set(), set()
-        layers = list(_walk(model))
+        layers = list(walk(model))
         by_path = any(isinstance(rule, str) for rule in (*(self.include or ()), *(self.exclude or ())))
         for layer, containers in layers:
             included = _matching(self.include, layer, containers)
@@ -113,7 +113,7 @@ def _capture_model(model, selection):
 
 
 def _capture_layer(layer):
-    captured = [_capture(each) for each, _ in _walk(layer)]
+    captured = [_capture(each) for each, _ in walk(layer)]
     if not any(captured):
         _raise_unsupported([_describe(layer)], f"target={_describe(layer)}")
     _without_model.add(layer)
@@ -202,24 +202,28 @@ def _capture(layer):
     """Wraps the `call` of this layer, once; returns whether the layer can be conditioned."""
     if adapter_of(layer) is None:
         return False
-    present = vars(layer).get("call")
-    if present is None:
+    if "call" not in vars(layer):
         layer.call = types.MethodType(_captured_call, layer)
-        return True
     # Somebody else's `call` on the instance is not the layer that the adapter knows.
-    return getattr(present, "__func__", None) is _captured_call
+    return is_captured(layer)
+
+
+def is_captured(layer):
+    """Whether this layer's `call` is wrapped."""
+    return getattr(vars(layer).get("call"), "__func__", None) is _captured_call
 
 
 def _captured_call(layer, *args, **kwargs):
     if scope.is_open():
         adapter = adapter_of(layer)
-        kernel = adapter.kernel(layer)
-        conditioning = None
-        if kernel is not None and kernel.trainable:
-            conditioning = scope.conditioning_of(kernel)
-        if conditioning is not None:
-            conditioning.on_use()
-            return adapter.call(layer, conditioning.damping, *args, **kwargs)
+        conditionings = {}
+        for kernel in adapter.kernels(layer):
+            conditioning = scope.conditioning_of(kernel) if kernel.trainable else None
+            if conditioning is not None:
+                conditioning.on_use()
+                conditionings[id(kernel)] = conditioning
+        if conditionings:
+            return adapter.call(layer, lambda kernel: conditionings.get(id(kernel)), *args, **kwargs)
     elif layer in _without_model:
         for optimizer in _find_models(layer):
             # TensorFlow builds a model in its first step, so that this may be that step, and too late to open it as a whole.
@@ -236,7 +240,7 @@ def _find_models(layer):
     the damping is in the step's state, and where a model calls its layers before it compiles its step.
     """
     models = [x for x in gc.get_objects() if issubclass(type(x), keras.Model) and hasattr(x, "train_function")]
-    models = [model for model in models if any(each is layer for each, _ in _walk(model))]
+    models = [model for model in models if any(each is layer for each, _ in walk(model))]
     for model in models:
         _open_in(model)
         _renew(model)
@@ -247,7 +251,7 @@ def _find_models(layer):
     return [optimizer for model in models for optimizer in isaacs_in(getattr(model, "optimizer", None))]
 
 
-def _walk(root):
+def walk(root):
     """Yields `root` and every layer in it, each with the layers that contain it, outermost first."""
     seen = {id(root)}
     stack = [(root, ())]
@@ -299,6 +303,7 @@ def _describe(layer):
 
 def _raise_unsupported(kinds, received):
     raise ValueError(
-        f"There is no conditioned form of {', '.join(kinds)}. Supported: {', '.join(SUPPORTED)}, and subclasses that keep "
-        f"its `call`. Leave it out, and it trains with its plain gradient. Received: {received}"
+        f"There is no conditioned form of {', '.join(kinds)}. Supported: {', '.join(supported_kinds())}, and subclasses that "
+        "keep their `call`; a layer of your own is made known by `keras_isaac.register_layer`. Leave it out, and it trains "
+        f"with its plain gradient. Received: {received}"
     )

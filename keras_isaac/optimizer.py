@@ -40,10 +40,16 @@ class ISAAC(keras.optimizers.Optimizer):
         inner_optimizer: the Keras optimizer that takes the conditioned gradient: a name (`"adam"`) or a class, built with
             `learning_rate` and `kwargs`; or an instance, and then neither of them may be given. Defaults to `"sgd"`.
         name: string. Defaults to `None`: chosen by Keras.
+        weight_sharing: how the positions of a sequence or an image, which share one kernel, make rows: `"expand"`, each
+            position is a row; `"reduce"`, a sample's mean over its positions is one. Defaults to `"expand"`. The terms are
+            of [Eschenhagen et al., 2023](https://arxiv.org/abs/2311.00636).
+        max_rows: integer, in a layer whose kernel is shared over positions, how many rows at most, spread evenly over
+            samples and positions, stand for all of them; `None` for all. Defaults to `1024`.
         **kwargs: arguments of the inner optimizer, such as `momentum=0.9`, `clipnorm=1.0` or `weight_decay=1e-4`.
 
     Raises:
-        ValueError: if `damping` is not a finite number above 0, or if `learning_rate` or `kwargs` come with an instance.
+        ValueError: if `damping` is not a finite number above 0, if `learning_rate` or `kwargs` come with an instance, if
+            `weight_sharing` is none of the two, or if `max_rows` is no integer above 0.
         TypeError: if `inner_optimizer` is not an optimizer.
 
     Example:
@@ -55,11 +61,24 @@ class ISAAC(keras.optimizers.Optimizer):
     >>> history = model.fit(keras.random.normal((32, 8)), keras.random.normal((32, 4)), verbose=0)
     """
 
-    def __init__(self, learning_rate=None, damping=1.0, inner_optimizer="sgd", name=None, **kwargs):
+    def __init__(
+        self,
+        learning_rate=None,
+        damping=1.0,
+        inner_optimizer="sgd",
+        name=None,
+        *,
+        weight_sharing="expand",
+        max_rows=1024,
+        **kwargs,
+    ):
         _check_damping(damping)
+        _check_weight_sharing(weight_sharing, max_rows)
         # The base class keeps a learning rate of its own; as in LossScaleOptimizer, the inner optimizer's is the one in use.
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = _build_inner_optimizer(inner_optimizer, learning_rate, kwargs)
+        self.weight_sharing = weight_sharing
+        self.max_rows = max_rows
         self._took_part = False
         self._trained_variables = None
         if isinstance(damping, _LearningRateSchedule):
@@ -133,7 +152,13 @@ class ISAAC(keras.optimizers.Optimizer):
         stateless = keras.StatelessScope(state_mapping) if state_mapping else contextlib.nullcontext()
         with stateless:
             damping = ops.convert_to_tensor(self.damping)
-        return scope.Conditioning(damping=damping, trains=self._trains, on_use=self._take_part)
+        return scope.Conditioning(
+            damping=damping,
+            weight_sharing=self.weight_sharing,
+            max_rows=self.max_rows,
+            trains=self._trains,
+            on_use=self._take_part,
+        )
 
     def _trains(self, variable):
         return self._trained_variables is None or id(variable) in self._trained_variables
@@ -236,7 +261,7 @@ class ISAAC(keras.optimizers.Optimizer):
             self._damping.assign(store["damping"])
 
     def get_config(self):
-        """Returns the configuration: `name`, `damping` and the serialized inner optimizer."""
+        """Returns the configuration: the arguments, and the serialized inner optimizer."""
         if isinstance(self._damping, _LearningRateSchedule):
             damping = keras.optimizers.schedules.serialize(self._damping)
         else:
@@ -245,6 +270,8 @@ class ISAAC(keras.optimizers.Optimizer):
             "name": self.name,
             "damping": damping,
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "weight_sharing": self.weight_sharing,
+            "max_rows": self.max_rows,
         }
 
     @classmethod
@@ -277,6 +304,14 @@ def _check_damping(damping):
             "`damping` must be a finite number above 0 or a `keras.optimizers.schedules.LearningRateSchedule`. "
             f"Received: damping={damping!r}"
         )
+
+
+def _check_weight_sharing(weight_sharing, max_rows):
+    if weight_sharing not in ("expand", "reduce"):
+        raise ValueError(f'`weight_sharing` must be "expand" or "reduce". Received: weight_sharing={weight_sharing!r}')
+    is_integer = isinstance(max_rows, numbers.Integral) and not isinstance(max_rows, bool)
+    if max_rows is not None and not (is_integer and max_rows > 0):
+        raise ValueError(f"`max_rows` must be an integer above 0, or `None` for all rows. Received: max_rows={max_rows!r}")
 
 
 def _build_inner_optimizer(inner_optimizer, learning_rate, kwargs):

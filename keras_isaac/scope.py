@@ -19,11 +19,15 @@ class Conditioning:
 
     Args:
         damping: scalar tensor of the step, λ_a in the paper.
+        weight_sharing: `"expand"` or `"reduce"`, how positions that share a kernel make rows.
+        max_rows: integer, how many rows at most stand for all of a shared kernel's, or `None`.
         trains: function of a kernel variable, whether this optimizer updates it.
         on_use: called without arguments whenever a layer conditions a kernel.
     """
 
     damping: Any
+    weight_sharing: str
+    max_rows: int | None
     trains: Callable[[Any], bool]
     on_use: Callable[[], None]
 

@@ -18,11 +18,7 @@ class Pass(NamedTuple):
 
 
 def to_numpy(tensor):
-    """Float64 NumPy array of a tensor or variable; sparse gradients dense, bfloat16 included."""
-    if hasattr(tensor, "values") and hasattr(tensor, "indices"):
-        import tensorflow as tf
-
-        tensor = tf.convert_to_tensor(tensor)
+    """Float64 NumPy array of a tensor or variable; sparse gradients dense."""
     return np.asarray(keras.ops.convert_to_numpy(tensor)).astype("float64")
 
 
@@ -63,7 +59,7 @@ def _run_jax(layer, inputs, cotangent, optimizer, compiled):
         scope = contextlib.nullcontext() if optimizer is None else optimizer.conditioning(optimizer_variables)
         with scope:
             x = inputs if is_float else fixed_inputs
-            outputs, _ = layer.stateless_call(trainable, state, x, training=True)
+            outputs, _ = layer.stateless_call(trainable, state, x)
         return keras.ops.sum(outputs * keras.ops.cast(cotangent, outputs.dtype)), outputs
 
     grad = jax.grad(loss, argnums=(0, 1), has_aux=True)

@@ -4,14 +4,20 @@ import numpy as np
 
 
 def conditioned_gradient(rows, output_gradient, damping):
-    """ζ* = λ (λI + XᵀX/r)⁻¹ XᵀG, by the singular values of X, so that every damping is accurate."""
+    """ζ* = λ (λI + XᵀX/r)⁻¹ XᵀG."""
     rows, output_gradient = np.asarray(rows, "float64"), np.asarray(output_gradient, "float64")
-    if rows.shape[0] == 0:
-        return rows.T @ output_gradient
-    _, singular, right = np.linalg.svd(rows / np.sqrt(rows.shape[0]), full_matrices=False)
-    gradient = rows.T @ output_gradient
-    # The gradient lies in the span of the rows, so the singular vectors that this form leaves out are not needed.
-    return right.T @ ((damping / (damping + singular**2))[:, None] * (right @ gradient))
+    _, singular, right = np.linalg.svd(rows / np.sqrt(len(rows)), full_matrices=False)
+    # The gradient lies in the span of the rows, so that the other singular vectors are not needed.
+    return right.T @ ((damping / (damping + singular**2))[:, None] * (right @ (rows.T @ output_gradient)))
+
+
+def condition(rows, gradient, damping):
+    """λ (λI + FᵀF/s)⁻¹ ∇, by the singular values of F, so that every damping is accurate."""
+    rows, gradient = np.asarray(rows, "float64"), np.asarray(gradient, "float64")
+    _, singular, right = np.linalg.svd(rows / np.sqrt(len(rows)), full_matrices=False)
+    inside = right @ gradient
+    # What of the gradient is outside the span of the rows is left alone.
+    return gradient - right.T @ inside + right.T @ ((damping / (damping + singular**2))[:, None] * inside)
 
 
 def kfac_gradient(rows, output_gradient, damping, output_damping):

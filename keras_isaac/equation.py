@@ -1,0 +1,91 @@
+"""An einsum of inputs and a kernel, read as rows times matrices.
+
+The labels of `EinsumDense`'s equation fall into four kinds: *groups* (in the inputs, the kernel and the output), *rows* (in the
+inputs and the output), *contracted* (in the inputs and the kernel) and *outputs* (in the kernel and the output).
+"""
+
+import math
+
+from keras import ops
+
+
+class Equation:
+    """The reading of one equation.
+
+    Args:
+        equation: string, such as `"abc,cde->abde"` or `"...x,xy->...y"`.
+        input_ndim: integer, the rank of the inputs, which says what an ellipsis stands for. Defaults to `None`: at least one
+            axis.
+    """
+
+    def __init__(self, equation, input_ndim=None):
+        operands, output = equation.replace(" ", "").split("->")
+        inputs, kernel = operands.split(",")
+        num_ellipsis = 1 if input_ndim is None else input_ndim - len(inputs.replace("...", ""))
+        # An ellipsis's axes get names that no equation can contain.
+        ellipsis = "".join(chr(0x100 + axis) for axis in range(num_ellipsis))
+        self.inputs, self.kernel, self.output = (part.replace("...", ellipsis) for part in (inputs, kernel, output))
+        self.groups = [x for x in self.inputs if x in self.kernel and x in self.output]
+        self.rows = [x for x in self.inputs if x not in self.kernel and x in self.output]
+        self.contracted = [x for x in self.inputs if x in self.kernel and x not in self.output]
+        self.outputs = [x for x in self.kernel if x not in self.inputs and x in self.output]
+        self.num_groups = 1 if self.groups else 0
+
+    @property
+    def is_product(self):
+        """Whether rows of the inputs meet a matrix, each axis being named once."""
+        operands = (self.inputs, self.kernel, self.output)
+        named_once = all(len(set(operand)) == len(operand) for operand in operands)
+        kernel_only = set(self.kernel) - set(self.inputs) - set(self.output)
+        return named_once and not kernel_only and bool(self.rows) and bool(self.contracted)
+
+    def rows_of(self, inputs):
+        """Returns the inputs as `[(groups,) *rows, in]`, row axes in the order of the inputs."""
+        labels = list(self.inputs)
+        summed = [x for x in labels if x not in self.kernel and x not in self.output]
+        if summed:
+            inputs = ops.sum(inputs, axis=[labels.index(x) for x in summed])
+            labels = [x for x in labels if x not in summed]
+        inputs = ops.transpose(inputs, [labels.index(x) for x in (*self.groups, *self.rows, *self.contracted)])
+        shape = ops.shape(inputs)
+        rows = shape[len(self.groups) : len(self.groups) + len(self.rows)]
+        return ops.reshape(inputs, (*self._group_shape(shape), *rows, math.prod(shape[len(shape) - len(self.contracted) :])))
+
+    def mask_of(self, mask, inputs):
+        """Returns a mask of the inputs' first axes as one of `*rows`, or `None` if one of those axes is no row."""
+        labels = list(self.inputs[: len(mask.shape)])
+        if any(label not in self.rows for label in labels):
+            return None
+        sizes = dict(zip(self.inputs, ops.shape(inputs), strict=True))
+        rest = [label for label in self.rows if label not in labels]
+        mask = ops.transpose(
+            ops.reshape(mask, (*ops.shape(mask), *(1 for _ in rest))), [(*labels, *rest).index(label) for label in self.rows]
+        )
+        return ops.broadcast_to(mask, [sizes[label] for label in self.rows])
+
+    def matrix_of(self, kernel):
+        """Returns the kernel as `[(groups,) in, out]`."""
+        kernel = ops.transpose(kernel, [self.kernel.index(x) for x in self._matrix_labels()])
+        shape = kernel.shape
+        num_in = math.prod(shape[len(self.groups) : len(self.groups) + len(self.contracted)])
+        return ops.reshape(kernel, (*self._group_shape(shape), num_in, math.prod(shape[len(shape) - len(self.outputs) :])))
+
+    def kernel_of(self, matrix, shape):
+        """Returns a matrix of `matrix_of` in the kernel's `shape`."""
+        labels = self._matrix_labels()
+        matrix = ops.reshape(matrix, [shape[self.kernel.index(x)] for x in labels])
+        return ops.transpose(matrix, [labels.index(x) for x in self.kernel])
+
+    def output_of(self, products, rows_shape, kernel_shape):
+        """Returns the products `[(groups,) rows, out]` of rows that had `rows_shape` in the axes of the output."""
+        labels = [*self.groups, *self.rows, *self.outputs]
+        sizes = dict(zip(self.kernel, kernel_shape, strict=True))
+        sizes.update(zip(self.rows, rows_shape[self.num_groups : -1], strict=True))
+        products = ops.reshape(products, [sizes[x] for x in labels])
+        return ops.transpose(products, [labels.index(x) for x in self.output])
+
+    def _matrix_labels(self):
+        return [*self.groups, *self.contracted, *self.outputs]
+
+    def _group_shape(self, shape):
+        return (math.prod(shape[: len(self.groups)]),) if self.groups else ()

@@ -1,0 +1,81 @@
+"""Layers of one's own, registered by `register_layer`."""
+
+import keras
+import numpy as np
+import oracle
+import pytest
+from harness import run
+from models import fit
+from oracle import relative_error
+
+from keras_isaac import ISAAC, capture_inputs, kernel_status, register_layer
+
+
+class Toy(keras.layers.Layer):
+    """Squares its inputs, multiplies by a kernel `[in, 2, 3]`, counts its calls and adds a loss."""
+
+    def build(self, input_shape):
+        self.weight = self.add_weight(shape=(input_shape[-1], 2, 3), initializer="normal")
+        self.calls = self.add_weight(shape=(), trainable=False, initializer="zeros")
+
+    def call(self, inputs):
+        self.calls.assign_add(1.0)
+        outputs = keras.ops.tensordot(keras.ops.square(inputs), self.weight, axes=1)
+        self.add_loss(0.01 * keras.ops.sum(keras.ops.square(outputs)))
+        return outputs
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], 2, 3)
+
+
+@pytest.fixture
+def _registered():
+    register_layer(Toy, kernel="weight", rows=lambda layer, inputs: keras.ops.square(inputs))
+
+
+@pytest.mark.usefixtures("_registered")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_registered_layer_is_conditioned_on_its_rows(compiled):
+    layer = Toy()
+    layer.build((5, 8))
+    random = np.random.default_rng(0)
+    inputs, cotangent = (random.normal(size=shape).astype("float32") for shape in ((5, 8), (5, 2, 3)))
+    plain = run(layer, inputs, cotangent, compiled=compiled)
+    conditioned = run(capture_inputs(layer), inputs, cotangent, ISAAC(damping=0.5), compiled)
+    expected = oracle.condition(inputs.astype("float64") ** 2, plain.gradients[0].reshape(8, 6), 0.5)
+    assert relative_error(conditioned.outputs, plain.outputs) < 1e-6
+    assert relative_error(conditioned.gradients[0].reshape(8, 6), expected) < 2e-5
+
+
+@pytest.mark.usefixtures("_registered")
+def test_state_and_losses_of_the_call_are_kept():
+    losses = []
+    for capture in (lambda model: model, capture_inputs):
+        keras.utils.set_random_seed(0)
+        model = capture(keras.Sequential([keras.Input((8,)), Toy(), keras.layers.Flatten(), keras.layers.Dense(1)]))
+        model.compile(
+            optimizer=ISAAC(1e-3, damping=1e8) if capture is capture_inputs else keras.optimizers.SGD(1e-3), loss="mse"
+        )
+        inputs = np.random.default_rng(0).normal(size=(12, 8)).astype("float32")
+        losses.append(fit(model, (inputs, inputs[:, :1]), batch_size=4, epochs=2).history["loss"])
+        assert float(keras.ops.convert_to_numpy(model.layers[0].calls)) >= 6
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert [status.reason for status in kernel_status(model)] == [None, None]
+
+
+def test_errors():
+    with pytest.raises(TypeError, match=r"`layer_class` must be a subclass of `keras.Layer`\. Received: layer_class=3"):
+        register_layer(3, "kernel", len)
+    for kernel, rows in ((3, len), ("kernel", 3)):
+        with pytest.raises(TypeError, match="`kernel` must be the name of an attribute and `rows` a function"):
+            register_layer(Toy, kernel, rows)
+
+    class Misread(Toy):
+        def call(self, inputs):
+            return super().call(inputs)
+
+    register_layer(Misread, "weight", lambda layer, inputs: inputs[..., :7])
+    layer = Misread()
+    layer.build((5, 8))
+    with pytest.raises(ValueError, match=r"rows registered for Misread layer .* do not fit its kernel"):
+        run(capture_inputs(layer), np.ones((5, 8), "float32"), np.ones((5, 2, 3), "float32"), ISAAC())

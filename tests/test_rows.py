@@ -1,0 +1,198 @@
+"""Which rows stand for a layer's inputs: `weight_sharing`, `max_rows` and masks, each against its float64 formula."""
+
+import itertools
+
+import keras
+import numpy as np
+import oracle
+import pytest
+from cases import patches as numpy_patches
+from harness import jit, run, to_numpy
+from keras import layers, ops
+from oracle import relative_error
+
+from keras_isaac import ISAAC, capture_inputs
+from keras_isaac.rows import patches, representatives
+from keras_isaac.scope import Conditioning
+
+each_mode = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+
+
+def layer_and_data(layer, *shape, seed=0):
+    random = np.random.default_rng(seed)
+    layer.build(shape)
+    inputs = random.normal(size=shape).astype("float32")
+    return layer, inputs, random.normal(size=layer.compute_output_shape(shape)).astype("float32")
+
+
+def plain_and_conditioned(layer, inputs, cotangent, compiled=False, **options):
+    plain = run(layer, inputs, cotangent, compiled=compiled).gradients[0]
+    conditioned = run(capture_inputs(layer), inputs, cotangent, ISAAC(damping=0.3, **options), compiled).gradients[0]
+    return plain, conditioned
+
+
+def spread(num_rows, max_rows):
+    """One index in each of `max_rows` strata, its place within moving by the golden ratio."""
+    golden = (np.sqrt(5) - 1) / 2
+    return (
+        [int((i + (i * golden) % 1) * num_rows / max_rows) for i in range(max_rows)] if num_rows > max_rows else range(num_rows)
+    )
+
+
+@each_mode
+@pytest.mark.parametrize("max_rows", [1, 5, 8, 20, 39, 40, 1000, None])
+@pytest.mark.parametrize("features", [8, 64])
+def test_max_rows_in_a_sequence(max_rows, features, compiled):
+    layer, inputs, cotangent = layer_and_data(layers.Dense(3), 4, 10, features)
+    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled, max_rows=max_rows)
+    rows = inputs.reshape(40, features)[spread(40, max_rows or 40)]
+    assert relative_error(conditioned, oracle.condition(rows, plain, 0.3)) < 2e-5
+
+
+def test_rows_are_spread_over_samples_and_positions():
+    positions = np.arange(64 * 16).reshape(64, 16, 1).astype("float32")
+    conditioning = Conditioning(1.0, "expand", 128, lambda kernel: True, lambda: None)
+    rows, num_rows = representatives(ops.convert_to_tensor(positions), conditioning)
+    chosen = to_numpy(rows).astype(int).ravel()
+    assert num_rows is None
+    assert len(set(chosen)) == 128
+    # Every sample has its share, and no position of the sequence is favoured.
+    np.testing.assert_array_equal(np.bincount(chosen // 16, minlength=64), 2)
+    assert np.bincount(chosen % 16, minlength=16).max() <= 128 / 16 + 2
+    assert np.bincount(chosen % 16, minlength=16).min() >= 128 / 16 - 2
+
+
+@each_mode
+def test_a_layer_without_shared_positions_uses_its_whole_batch(compiled):
+    layer, inputs, cotangent = layer_and_data(layers.Dense(3), 20, 8)
+    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled, max_rows=2)
+    assert relative_error(conditioned, oracle.condition(inputs, plain, 0.3)) < 2e-5
+
+
+@each_mode
+@pytest.mark.parametrize("max_rows", [2, 1024])
+def test_reduce_takes_the_mean_of_each_samples_positions(max_rows, compiled):
+    layer, inputs, cotangent = layer_and_data(layers.Dense(3), 4, 10, 8)
+    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled, weight_sharing="reduce", max_rows=max_rows)
+    rows = inputs.astype("float64").mean(1)[spread(4, max_rows)]
+    assert relative_error(conditioned, oracle.condition(rows, plain, 0.3)) < 2e-5
+
+
+@each_mode
+def test_reduce_in_an_einsum(compiled):
+    layer, inputs, cotangent = layer_and_data(layers.EinsumDense("abcd,cde->abe", (5, 3)), 4, 5, 2, 3)
+    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled, weight_sharing="reduce")
+    expected = oracle.condition(inputs.astype("float64").mean(1).reshape(4, 6), plain.reshape(6, 3), 0.3)
+    assert relative_error(conditioned.reshape(6, 3), expected) < 2e-5
+
+
+@each_mode
+def test_reduce_in_a_convolution(compiled):
+    layer, inputs, cotangent = layer_and_data(layers.Conv2D(3, 3, padding="same", strides=2), 4, 5, 6, 2)
+    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled, weight_sharing="reduce")
+    rows = numpy_patches(layer, inputs).astype("float64").reshape(4, -1, 18).mean(1)
+    assert relative_error(conditioned.reshape(18, 3), oracle.condition(rows, plain.reshape(18, 3), 0.3)) < 2e-5
+
+
+@each_mode
+@pytest.mark.parametrize("max_rows", [1, 7, 30, 64, 1000])
+@pytest.mark.parametrize("shape", [(8, 9, 8, 2), (100, 4, 4, 2)], ids=str)
+def test_max_rows_in_a_convolution(shape, max_rows, compiled):
+    layer, inputs, cotangent = layer_and_data(layers.Conv2D(3, 3, padding="same"), *shape)
+    conditioning = Conditioning(1.0, "expand", max_rows, lambda kernel: True, lambda: None)
+    options = ((3, 3), (1, 1), (1, 1), "same", conditioning)
+    kept = to_numpy(jit(lambda x: patches(x, *options))(ops.convert_to_tensor(inputs)))
+    every = {patch.tobytes() for patch in numpy_patches(layer, inputs)}
+    assert len(kept) <= max_rows
+    assert len(kept) >= min(max_rows, len(every)) / 3
+    assert {patch.astype("float32").tobytes() for patch in kept} <= every
+    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled, max_rows=max_rows)
+    expected = oracle.condition(kept.reshape(-1, 18), plain.reshape(18, 3), 0.3)
+    assert relative_error(conditioned.reshape(18, 3), expected) < 2e-5
+
+
+def test_kept_patches_of_a_convolution_are_on_an_even_grid():
+    image = np.stack(np.meshgrid(np.arange(12), np.arange(12), indexing="ij"), -1).astype("float32")
+    conditioning = Conditioning(1.0, "expand", 4 * 16, lambda kernel: True, lambda: None)
+    kept = to_numpy(patches(ops.convert_to_tensor(np.stack([image] * 4)), (1, 1), (1, 1), (1, 1), "valid", conditioning))
+    grid = {tuple(place) for place in kept.reshape(-1, 2).astype(int)}
+    assert grid == set(itertools.product([1, 4, 7, 10], repeat=2))
+
+
+def masked_model(layer):
+    tokens = keras.Input((6,), dtype="int32")
+    embedded = layers.Embedding(9, 8, mask_zero=True, trainable=False, name="table")(tokens)
+    return keras.Model(tokens, layer(embedded))
+
+
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    "layer",
+    [lambda: layers.Dense(3), lambda: layers.EinsumDense("abc,cde->abde", (6, 1, 3))],
+    ids=["dense", "einsum"],
+)
+@each_mode
+@pytest.mark.filterwarnings("ignore:.*does not support masking:UserWarning")
+def test_masked_rows_do_not_count(layer, weight_sharing, compiled):
+    layer = layer()
+    model = masked_model(layer)
+    random = np.random.default_rng(0)
+    tokens = random.integers(1, 9, size=(4, 6)).astype("int32")
+    tokens[0, 3:] = tokens[1, 1:] = 0
+    cotangent = random.normal(size=model.compute_output_shape((4, 6))).astype("float32")
+    plain = run(model, tokens, cotangent, compiled=compiled).gradients[0].reshape(8, 3)
+    capture_inputs(model, include=layer)
+    optimizer = ISAAC(damping=0.3, weight_sharing=weight_sharing)
+    conditioned = run(model, tokens, cotangent, optimizer, compiled).gradients[0].reshape(8, 3)
+    table = to_numpy(model.get_layer("table").embeddings)
+    if weight_sharing == "expand":
+        rows = table[tokens[tokens != 0]]
+    else:
+        rows = np.stack([table[sample[sample != 0]].mean(0) for sample in tokens])
+    assert relative_error(conditioned, oracle.condition(rows, plain, 0.3)) < 2e-5
+
+
+def test_a_wholly_masked_batch_keeps_the_plain_gradient():
+    layer = layers.Dense(3)
+    model = masked_model(layer)
+    tokens, cotangent = np.zeros((4, 6), "int32"), np.ones((4, 6, 3), "float32")
+    plain = run(model, tokens, cotangent).gradients[0]
+    for weight_sharing in ("expand", "reduce"):
+        capture_inputs(model, include=layer)
+        conditioned = run(model, tokens, cotangent, ISAAC(damping=0.3, weight_sharing=weight_sharing)).gradients[0]
+        assert relative_error(conditioned, plain) < 1e-6
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+@each_mode
+def test_reversible_embedding_in_reverse(tie_weights, compiled):
+    class Reverse(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.table = layers.ReversibleEmbedding(7, 4, tie_weights=tie_weights, logit_soft_cap=30.0)
+
+        def build(self, input_shape):
+            self.table.build((None, None))
+
+        def call(self, inputs):
+            return self.table(inputs, reverse=True)
+
+        def compute_output_shape(self, input_shape):
+            return (*input_shape[:-1], 7)
+
+    layer, inputs, _ = layer_and_data(Reverse(), 3, 5, 4)
+    cotangent = np.random.default_rng(1).normal(size=(3, 5, 7)).astype("float32")
+    # Not tied, the table has no part in the reverse.
+    layer.table.embeddings.trainable = tie_weights
+    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled)
+    if tie_weights:
+        plain, conditioned = plain.T, conditioned.T
+    assert relative_error(conditioned, oracle.condition(inputs.reshape(15, 4), plain, 0.3)) < 2e-5
+
+
+def test_error_options_that_are_none():
+    with pytest.raises(ValueError, match=r"`weight_sharing` must be .expand. or .reduce.\. Received: weight_sharing='sum'"):
+        ISAAC(weight_sharing="sum")
+    for max_rows in (0, -3, 2.5, True, "all"):
+        with pytest.raises(ValueError, match="`max_rows` must be an integer above 0, or `None`"):
+            ISAAC(max_rows=max_rows)
