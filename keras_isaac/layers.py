@@ -174,10 +174,12 @@ class ReversibleEmbeddingAdapter:
         if conditioning is None or (reverse and layer.lora_enabled):
             return keras.layers.ReversibleEmbedding.call(layer, inputs, reverse=reverse)
         if not reverse:
+            if keras.backend.backend() == "jax":
+                # The layer gives its output a mask, which on JAX nobody else can. There, gradients of tables are dense anyway.
+                scale = _token_scale(layer, conditioning, inputs)[:, None]
+                return call_with(layer, [(kernel, scaled_gradient(ops.convert_to_tensor(kernel), scale))], inputs)
             outputs = EmbeddingAdapter.call(layer, conditioning_of, inputs)
-            mask = keras.layers.Embedding.compute_mask(layer, inputs)
-            if mask is not None:
-                outputs._keras_mask = mask
+            outputs._keras_mask = keras.layers.Embedding.compute_mask(layer, inputs)
             return outputs
         value = ops.convert_to_tensor(kernel)
         value = ops.transpose(value) if layer.tie_weights else value

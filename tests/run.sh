@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up a virtual environment with the tested versions and runs all the tests: the form of the code, then each backend in a
-# process of its own, since Keras fixes its backend when it is imported. Arguments go to pytest.
+# run of its own, two processes wide, since Keras fixes its backend when it is imported. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,10 +13,10 @@ venv=${KERAS_ISAAC_VENV:-.venv}
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 
-export TF_CPP_MIN_LOG_LEVEL=3
+export TF_CPP_MIN_LOG_LEVEL=3 OMP_NUM_THREADS=1
 failed=0
 for backend in jax tensorflow torch; do
   echo "== $backend"
-  KERAS_BACKEND=$backend "$venv/bin/python" -m pytest "$@" || failed=1
+  KERAS_BACKEND=$backend "$venv/bin/python" -m pytest -n 2 "$@" || failed=1
 done
 exit $failed
