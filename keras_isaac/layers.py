@@ -192,23 +192,25 @@ class ReversibleEmbeddingAdapter:
         return logits
 
 
-# Looked up by the function that computes the layer: a subclass with a `call` of its own is another kind of layer.
-_ADAPTERS = {
-    keras.layers.Dense.call: DenseAdapter,
-    keras.layers.EinsumDense.call: EinsumDenseAdapter,
-    keras.layers.Conv1D.call: ConvAdapter,
-    keras.layers.Conv2D.call: ConvAdapter,
-    keras.layers.Conv3D.call: ConvAdapter,
-    keras.layers.DepthwiseConv1D.call: ConvAdapter,
-    keras.layers.DepthwiseConv2D.call: ConvAdapter,
-    keras.layers.SeparableConv1D.call: SeparableConvAdapter,
-    keras.layers.SeparableConv2D.call: SeparableConvAdapter,
-    keras.layers.Conv1DTranspose.call: ConvTransposeAdapter,
-    keras.layers.Conv2DTranspose.call: ConvTransposeAdapter,
-    keras.layers.Conv3DTranspose.call: ConvTransposeAdapter,
-    keras.layers.Embedding.call: EmbeddingAdapter,
-    keras.layers.ReversibleEmbedding.call: ReversibleEmbeddingAdapter,
+_KINDS = {
+    "Dense": DenseAdapter,
+    "EinsumDense": EinsumDenseAdapter,
+    "Conv1D": ConvAdapter,
+    "Conv2D": ConvAdapter,
+    "Conv3D": ConvAdapter,
+    "DepthwiseConv1D": ConvAdapter,
+    "DepthwiseConv2D": ConvAdapter,
+    "SeparableConv1D": SeparableConvAdapter,
+    "SeparableConv2D": SeparableConvAdapter,
+    "Conv1DTranspose": ConvTransposeAdapter,
+    "Conv2DTranspose": ConvTransposeAdapter,
+    "Conv3DTranspose": ConvTransposeAdapter,
+    "Embedding": EmbeddingAdapter,
+    "ReversibleEmbedding": ReversibleEmbeddingAdapter,
 }
+# Looked up by the function that computes the layer: a subclass with a `call` of its own is another kind of layer. An older
+# Keras has not all of them.
+_ADAPTERS = {getattr(keras.layers, name).call: adapter for name, adapter in _KINDS.items() if hasattr(keras.layers, name)}
 
 
 def register_layer(layer_class, kernel, rows):
@@ -280,7 +282,8 @@ def adapter_of(layer):
 
 def supported_kinds():
     """Returns the names of the layers that can be conditioned."""
-    return sorted({getattr(a, "name", None) or a.__name__.removesuffix("Adapter") for a in _ADAPTERS.values()})
+    registered = [adapter.name for adapter in _ADAPTERS.values() if isinstance(adapter, RegisteredAdapter)]
+    return [*_KINDS, *registered]
 
 
 def call_with(layer, values, *args, **kwargs):
