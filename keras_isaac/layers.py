@@ -329,8 +329,11 @@ def _conditioned(matrix, conditioning, representatives):
 
 def _conditioned_convolution(layer, kernel, conditioning, inputs, depthwise):
     """Returns the kernel `[*kernel_size, in of a group, out of all groups]` with its gradient conditioned on patches."""
-    options = (layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding, conditioning)
-    rows = patches(_channels_last(layer, inputs), *options)
+    inputs = _channels_last(layer, inputs)
+    if None in inputs.shape[1:-1]:
+        # TensorFlow may trace a step for images of any size. There is no grid of patches then, and the gradient is plain.
+        return kernel
+    rows = patches(inputs, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding, conditioning)
     size, (num_in, num_out) = rows.shape[1], kernel.shape[-2:]
     if depthwise:
         # [*kernel_size, channels, multiplier]: every channel is a group.

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from harness import BACKEND
 from keras import layers
 from models import assert_differ, weights
 
@@ -74,3 +75,22 @@ def test_a_whole_model_trains_and_computes_what_it_computed(build, options):
     for weight, new, old in zip(model.trainable_weights, weights(model), before, strict=True):
         if len(weight.shape) >= 2 and weight.name != "bias":
             assert_differ([new], [old], 1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.data")
+def test_images_of_unknown_size_train():
+    import tensorflow as tf
+
+    inputs = keras.Input((None, None, 3))
+    hidden = layers.GlobalAveragePooling2D()(layers.SeparableConv2D(4, 3)(layers.Conv2D(4, 3, activation="relu")(inputs)))
+    model = capture_inputs(keras.Model(inputs, layers.Dense(2)(hidden)))
+    model.compile(optimizer=ISAAC(damping=0.3), loss="mse")
+    sizes = [(8, 9), (10, 7)]
+    spec = (tf.TensorSpec((None, None, None, 3)), tf.TensorSpec((None, 2)))
+    dataset = tf.data.Dataset.from_generator(
+        lambda: ((np.ones((4, *size, 3), "float32"), np.ones((4, 2), "float32")) for size in sizes), output_signature=spec
+    )
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(len(sizes)))
+    before = weights(model)
+    model.fit(dataset, verbose=0, shuffle=False)
+    assert_differ(weights(model), before)
