@@ -185,7 +185,7 @@ def _opening(model, plain_step, selections):
             state_mapping = list(zip(model.optimizer.variables, state[2], strict=True))
         with contextlib.ExitStack() as stack:
             for optimizer in optimizers:
-                stack.enter_context(scope.opened(optimizer.conditioning_of_step(state_mapping)))
+                stack.enter_context(scope.opened(optimizer.conditioning_of_step(state_mapping, model.optimizer)))
             return plain_step(*args, **kwargs)
 
     train_step.keras_isaac_selections = selections

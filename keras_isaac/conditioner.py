@@ -13,42 +13,85 @@ Three forms compute it, each the cheapest somewhere:
 - *sample side*, Xᵀ P G: an inverse `[rows, rows]`, where G is at hand;
 - *feature side*, λ (λI + FᵀF/s)⁻¹ ∇: an inverse `[in, in]`, from any s rows F `[..., s, in]`;
 - *Woodbury*, ∇ - Fᵀ (sλI + FFᵀ)⁻¹ F∇: an inverse `[s, s]`, where few rows F stand for many.
+
+With a finite output damping (λ_g in the paper, Remark 4) the other side is conditioned alike, by the empirical Fisher matrix:
+
+    ζ = ζ* μ (μI + GᵀG/r)⁻¹      (μ = λ_g/r², since rG are the gradients of the rows' own losses under a mean loss)
 """
+
+# `@` stands for `keras.ops.matmul`, which returns float32 for float64 on PyTorch.
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_isaac.inverse import positive_definite_inverse
+from keras_isaac.inverse import damped_inverse
 
 
-def conditioned_gradient(rows, output_gradient, damping, max_rows=None):
-    """Returns ζ*, the gradient of a kernel conditioned on the layer's inputs.
+def conditioned_gradient(rows, output_gradient, damping, output_damping=None, max_rows=None):
+    """Returns ζ*, the gradient of a kernel conditioned on the layer's inputs, or ζ with an output damping.
 
     With no more rows than features, and than `max_rows`, by the sample side; else as `condition` does, with at most
     `max_rows` rows to stand for all. Computed in float32, or in float64 for float64 rows. Nothing raises: where `rows` or
-    `output_gradient` is not finite, neither is the result.
+    `output_gradient` is not finite, neither is the result. Where XXᵀ overflows (rows beyond 1e18), it vanishes.
 
     Args:
         rows: tensor `[..., rows, in]`, the layer's inputs (X).
         output_gradient: tensor `[..., rows, out]`, the loss gradient with respect to the layer's product (G).
         damping: scalar tensor (λ). Below what the dtype can resolve it is raised inside the inverse, so that a vanishing
             damping tends to the pseudo-inverse.
+        output_damping: scalar tensor (λ_g), or `None` for an infinite one.
         max_rows: integer, or `None` for all rows.
 
     Returns:
         Tensor `[..., in, out]`.
     """
     rows, output_gradient, damping = _in_one_dtype(rows, output_gradient, damping)
-    limit = rows.shape[-1] if max_rows is None else min(rows.shape[-1], max_rows)
+    if output_damping is None:
+        return _conditioned_by_inputs(rows, output_gradient, damping, max_rows)
+    output_damping = mean_loss_damping(output_damping, _num_rows(rows))
 
     def few():
-        return _sample_side(rows, output_gradient, damping)
+        p = _sample_side(output_gradient, _transpose(output_gradient), output_damping)
+        gradient = p @ output_gradient
+        return _conditioned_by_inputs(rows, gradient, damping, max_rows)
 
     def many():
-        return condition(_transpose(rows) @ output_gradient, spread(rows, max_rows), damping)
+        gradient = _conditioned_by_inputs(rows, output_gradient, damping, max_rows)
+        return condition_outputs(gradient, spread(output_gradient, max_rows), output_damping)
 
-    return _if_at_most(limit, rows, few, many)
+    return _if_at_most(_limit(output_gradient, max_rows), output_gradient, few, many)
+
+
+def _conditioned_by_inputs(rows, output_gradient, damping, max_rows):
+    transposed = _transpose(rows)
+
+    def few():
+        p = _sample_side(rows, transposed, damping)
+        # P is multiplied into the narrower of the two factors.
+        if rows.shape[-1] < output_gradient.shape[-1]:
+            return (transposed @ p) @ output_gradient
+        return transposed @ (p @ output_gradient)
+
+    def many():
+        return condition(transposed @ output_gradient, spread(rows, max_rows), damping)
+
+    return _if_at_most(_limit(rows, max_rows), rows, few, many)
+
+
+def _limit(rows, max_rows):
+    """Up to so many rows `[..., rows, features]`, the sample side is the cheapest."""
+    return rows.shape[-1] if max_rows is None else min(rows.shape[-1], max_rows)
+
+
+def condition_outputs(gradient, output_gradient, damping, num_rows=None):
+    """Returns ∇ μ (μI + GᵀG/r)⁻¹: as `condition`, on the outputs' axis `[..., in, out]` by rows `[..., rows, out]`."""
+    return _transpose(condition(_transpose(gradient), output_gradient, damping, num_rows))
+
+
+def mean_loss_damping(output_damping, num_rows):
+    """Returns μ = λ_g/r², which stands beside the gradients of a loss that is a mean over r rows."""
+    return output_damping / num_rows / num_rows
 
 
 def condition(gradient, rows, damping, num_rows=None):
@@ -64,17 +107,20 @@ def condition(gradient, rows, damping, num_rows=None):
         Tensor `[..., in, out]`.
     """
     rows, gradient, damping = _in_one_dtype(rows, gradient, damping)
-    num_rows = ops.cast(ops.shape(rows)[-2] if num_rows is None else num_rows, rows.dtype)
-    num_rows = ops.where(num_rows < 1, ops.ones_like(num_rows), num_rows)
-    rows, damping = _scaled(rows, damping)
+    if num_rows is None:
+        num_rows = _num_rows(rows)
+    else:
+        num_rows = ops.cast(num_rows, rows.dtype)
+        num_rows = ops.where(num_rows < 1, ops.ones_like(num_rows), num_rows)
+    damping = damping * num_rows
 
     def few():
-        # Unchanged by the scale of F and λ together, so that the scaled ones serve.
-        inverse = _damped_inverse(rows @ _transpose(rows) / num_rows, damping)
-        return gradient - _transpose(rows) @ (inverse @ (rows @ gradient)) / num_rows
+        # A difference: it keeps nothing of a gradient that a smaller damping would shorten by more than the dtype's digits.
+        inverse = damped_inverse(rows @ _transpose(rows), damping, floor=4)
+        return gradient - _transpose(rows) @ (inverse @ (rows @ gradient))
 
     def many():
-        inverse = _damped_inverse(_transpose(rows) @ rows / num_rows, damping)
+        inverse = damped_inverse(_transpose(rows) @ rows, damping)
         return (damping * inverse) @ gradient
 
     return _if_at_most(rows.shape[-1] - 1, rows, few, many)
@@ -109,57 +155,24 @@ def _if_at_most(limit, rows, few, many):
     return ops.cond(ops.shape(rows)[-2] <= limit, few, many)
 
 
-# Below, `@` and `where` stand for `keras.ops.matmul`, `maximum` and `minimum`, which return float32 for float64 on PyTorch.
+def _sample_side(rows, transposed, damping):
+    """Returns P = λ (λI + XXᵀ/r)⁻¹ of the rows and of the same transposed.
 
-
-def _sample_side(rows, output_gradient, damping):
-    """ζ* = Xᵀ P G, with P multiplied into the narrower of the two factors."""
-    scaled, scaled_damping = _scaled(rows, damping)
-    num_rows = ops.cast(ops.shape(rows)[-2], rows.dtype)
-    p = scaled_damping * _damped_inverse(scaled @ _transpose(scaled) / num_rows, scaled_damping)
-    if rows.shape[-1] <= output_gradient.shape[-1]:
-        return _transpose(p @ rows) @ output_gradient
-    return _transpose(rows) @ (p @ output_gradient)
-
-
-def _damped_inverse(curvature, damping):
-    """Returns (λI + M)⁻¹ for the positive semidefinite `curvature` M `[..., k, k]`.
-
-    λ times it is P. The authors form P as `I - M (λI + M)⁻¹`, which is the same matrix, but loses its digits as λ falls.
+    The authors form P as `I - M (λI + M)⁻¹`, which is the same matrix, but loses its digits as λ falls.
     """
-    dtype = keras.backend.standardize_dtype(curvature.dtype)
-    epsilon, smallest = (2.0**-52, 2.0**-1022) if dtype == "float64" else (2.0**-23, 2.0**-126)
-    size = ops.shape(curvature)[-1]
-    identity = ops.eye(size, dtype=dtype)
-    trace = ops.sum(curvature * identity, axis=(-2, -1), keepdims=True)
-    mean_eigenvalue = trace / ops.cast(size, dtype)
-    # Less than this is lost in the sum.
-    floor = epsilon * mean_eigenvalue
-    resolved = ops.where(damping < floor, floor, damping)
-    # Division by the size of the matrix keeps the inverse in range; the smallest normal number stands in for 0/0.
-    total = resolved + mean_eigenvalue
-    total = ops.where(total < smallest, smallest, total)
-    inverse = positive_definite_inverse((curvature + resolved * identity) / total) / total
-    # Rounding can leave a singular matrix indefinite. Then 1/(λ + tr M), a bound from below, takes the inverse's place: the
-    # step is the plain gradient's, shortened. A non-finite matrix has a non-finite trace, so that NaN remains NaN.
-    bound = damping + trace
-    bound = 1.0 / ops.where(bound < smallest, smallest, bound)
-    invertible = ops.all(ops.isfinite(inverse), axis=(-2, -1), keepdims=True)
-    return ops.where(invertible, inverse, bound * identity)
-
-
-def _scaled(rows, damping):
-    """Divides the rows by their largest entry s and the damping by s², so that XXᵀ overflows for no finite X."""
-    largest = ops.max(ops.abs(rows), axis=(-2, -1), keepdims=True)
-    largest = ops.where(largest == 0, 1.0, largest)
-    damping = damping / largest / largest
-    # From 1e30 on, the damping outweighs the scaled curvature by more than the digits of any dtype.
-    return rows / largest, ops.where(damping > 1e30, 1e30, damping)
+    damping = damping * _num_rows(rows)
+    return damping * damped_inverse(rows @ transposed, damping)
 
 
 def _in_one_dtype(rows, *others):
-    dtype = "float64" if keras.backend.standardize_dtype(rows.dtype) == "float64" else "float32"
-    return [ops.cast(x, dtype) for x in (rows, *others)]
+    dtypes = [keras.backend.standardize_dtype(x.dtype) for x in (rows, *others)]
+    wanted = "float64" if dtypes[0] == "float64" else "float32"
+    return [x if dtype == wanted else ops.cast(x, wanted) for x, dtype in zip((rows, *others), dtypes, strict=True)]
+
+
+def _num_rows(rows):
+    """The number of rows, a Python number where it is known while tracing."""
+    return ops.cast(ops.shape(rows)[-2], rows.dtype) if rows.shape[-2] is None else rows.shape[-2]
 
 
 def _transpose(matrix):

@@ -76,11 +76,11 @@ class Equation:
         matrix = ops.reshape(matrix, [shape[self.kernel.index(x)] for x in labels])
         return ops.transpose(matrix, [labels.index(x) for x in self.kernel])
 
-    def output_of(self, products, rows_shape, kernel_shape):
-        """Returns the products `[(groups,) rows, out]` of rows that had `rows_shape` in the axes of the output."""
+    def output_of(self, products, kernel_shape):
+        """Returns the products `[(groups,) *rows, out]` with the axes of the output."""
         labels = [*self.groups, *self.rows, *self.outputs]
         sizes = dict(zip(self.kernel, kernel_shape, strict=True))
-        sizes.update(zip(self.rows, rows_shape[self.num_groups : -1], strict=True))
+        sizes.update(zip(self.rows, ops.shape(products)[self.num_groups : -1], strict=True))
         products = ops.reshape(products, [sizes[x] for x in labels])
         return ops.transpose(products, [labels.index(x) for x in self.output])
 

@@ -5,14 +5,20 @@ is the layer's own `call` with conditioned products; `conditioning_of(kernel)` i
 where that kernel is to be left plain.
 """
 
+import functools
 import math
 
 import keras
 from keras import ops
 
+from keras_isaac.calls import bias_and_activation, call_with, conditioned, conditioned_by_outputs, mask_of
+from keras_isaac.convolutions import ConvAdapter, ConvTransposeAdapter, SeparableConvAdapter
 from keras_isaac.equation import Equation
-from keras_isaac.operations import conditioned_kernel, conditioned_matmul, scaled_gradient
-from keras_isaac.rows import patches, representatives
+from keras_isaac.operations import conditioned_matmul, scaled_gradient
+from keras_isaac.rows import representatives
+
+# Eager PyTorch reads a layer's equation in every step.
+_equation = functools.lru_cache(maxsize=256)(Equation)
 
 
 class DenseAdapter:
@@ -27,12 +33,12 @@ class DenseAdapter:
     def call(layer, conditioning_of, inputs, training=None):
         """`Dense.call`."""
         (kernel,) = DenseAdapter.kernels(layer)
+        conditioning = conditioning_of(kernel)
         if layer.lora_enabled:
-            rows = representatives(_dense(inputs), conditioning_of(kernel), _mask(inputs))
-            tapped = _conditioned(ops.convert_to_tensor(kernel), conditioning_of(kernel), rows)
-            return call_with(layer, [(kernel, tapped)], inputs, training=training)
-        outputs = _product(inputs, ops.convert_to_tensor(kernel), conditioning_of(kernel), _mask(inputs))
-        return _bias_and_activation(layer, outputs)
+            rows = representatives(_dense(inputs), conditioning, mask_of(inputs))
+            value = conditioned(ops.convert_to_tensor(kernel), conditioning, rows)
+            return call_with(layer, [(kernel, value)], inputs, training=training)
+        return bias_and_activation(layer, _product(inputs, ops.convert_to_tensor(kernel), conditioning, mask_of(inputs)))
 
 
 class EinsumDenseAdapter:
@@ -41,7 +47,7 @@ class EinsumDenseAdapter:
     @staticmethod
     def kernels(layer):
         """The kernel, or LoRA's first factor, if an axis of the inputs is contracted with it."""
-        equation = Equation(layer.equation)
+        equation = _equation(layer.equation)
         if not equation.is_product:
             return []
         if not layer.lora_enabled:
@@ -52,86 +58,17 @@ class EinsumDenseAdapter:
     @staticmethod
     def call(layer, conditioning_of, inputs, training=None):
         """`EinsumDense.call`."""
-        equation = Equation(layer.equation, len(inputs.shape))
+        equation = _equation(layer.equation, len(inputs.shape))
         (kernel,) = EinsumDenseAdapter.kernels(layer)
         conditioning = conditioning_of(kernel)
-        value, mask = ops.convert_to_tensor(kernel), _mask(inputs)
+        value, mask = ops.convert_to_tensor(kernel), mask_of(inputs)
         matrix, rows = equation.matrix_of(value), equation.rows_of(_dense(inputs))
         mask = None if mask is None else equation.mask_of(mask, inputs)
-        num_groups, shape = equation.num_groups, ops.shape(rows)
-        shared = len(shape) > num_groups + 2
-        if layer.lora_enabled or mask is not None or (shared and conditioning.weight_sharing == "reduce"):
-            matrix = _conditioned(matrix, conditioning, representatives(rows, conditioning, mask, num_groups))
+        if layer.lora_enabled:
+            matrix = conditioned(matrix, conditioning, representatives(rows, conditioning, mask, equation.num_groups))
             return call_with(layer, [(kernel, equation.kernel_of(matrix, value.shape))], inputs, training=training)
-        if shared:
-            rows = ops.reshape(rows, (*shape[:num_groups], -1, shape[-1]))
-        max_rows = conditioning.max_rows if shared else None
-        products = conditioned_matmul(ops.cast(rows, matrix.dtype), matrix, conditioning.damping, max_rows)
-        return _bias_and_activation(layer, equation.output_of(products, shape, value.shape))
-
-
-class ConvAdapter:
-    """`Conv1D/2D/3D` (and `DepthwiseConv`): a row is the patch that the kernel meets; feature groups are groups."""
-
-    @staticmethod
-    def kernels(layer):
-        """The kernel, or LoRA's first factor."""
-        return [layer.lora_kernel_a if getattr(layer, "lora_enabled", False) else layer.kernel]
-
-    @staticmethod
-    def call(layer, conditioning_of, inputs):
-        """The layer's own `call`, its kernel conditioned on patches."""
-        (kernel,) = ConvAdapter.kernels(layer)
-        value = ops.convert_to_tensor(kernel)
-        depthwise = isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D))
-        tapped = _conditioned_convolution(layer, value, conditioning_of(kernel), inputs, depthwise)
-        return call_with(layer, [(kernel, tapped)], inputs)
-
-
-class SeparableConvAdapter:
-    """`SeparableConv1D/2D`: a depthwise convolution, and a product of what comes out of it at each position."""
-
-    @staticmethod
-    def kernels(layer):
-        """Both kernels."""
-        return [layer.depthwise_kernel, layer.pointwise_kernel]
-
-    @staticmethod
-    def call(layer, conditioning_of, inputs):
-        """The layer's own `call` in its two steps."""
-        depthwise, pointwise = (ops.convert_to_tensor(kernel) for kernel in SeparableConvAdapter.kernels(layer))
-        conditioning = conditioning_of(layer.depthwise_kernel)
-        if conditioning is not None:
-            depthwise = _conditioned_convolution(layer, depthwise, conditioning, inputs, depthwise=True)
-        options = {"padding": layer.padding, "data_format": layer.data_format, "dilation_rate": layer.dilation_rate}
-        strides = layer.strides if layer.data_format == "channels_last" else layer.strides[-layer.rank :]
-        inputs = ops.depthwise_conv(inputs, depthwise, strides=strides, **options)
-        conditioning = conditioning_of(layer.pointwise_kernel)
-        if conditioning is not None:
-            rows = representatives(_channels_last(layer, inputs), conditioning)
-            matrix = ops.reshape(pointwise, pointwise.shape[-2:])
-            matrix = _conditioned(matrix, conditioning, rows)
-            pointwise = ops.reshape(matrix, pointwise.shape)
-        outputs = ops.conv(inputs, pointwise, strides=1, padding="valid", data_format=layer.data_format)
-        return _bias_and_activation(layer, outputs, layer.data_format)
-
-
-class ConvTransposeAdapter:
-    """`Conv1D/2D/3DTranspose`: every pixel is a row, whose product is a patch of the output."""
-
-    @staticmethod
-    def kernels(layer):
-        """The kernel, `[*kernel_size, out, in]`."""
-        return [layer.kernel]
-
-    @staticmethod
-    def call(layer, conditioning_of, inputs):
-        """The layer's own `call`, its kernel conditioned on pixels."""
-        value = ops.convert_to_tensor(layer.kernel)
-        rows = representatives(_channels_last(layer, inputs), conditioning_of(layer.kernel))
-        matrix = ops.transpose(ops.reshape(value, (-1, value.shape[-1])))
-        matrix = _conditioned(matrix, conditioning_of(layer.kernel), rows)
-        return call_with(layer, [(layer.kernel, ops.reshape(ops.transpose(matrix), value.shape))], inputs)
+        products = _product(rows, matrix, conditioning, mask, equation.num_groups)
+        return bias_and_activation(layer, equation.output_of(products, value.shape))
 
 
 class EmbeddingAdapter:
@@ -183,7 +120,7 @@ class ReversibleEmbeddingAdapter:
             return outputs
         value = ops.convert_to_tensor(kernel)
         value = ops.transpose(value) if layer.tie_weights else value
-        mask = _mask(inputs)
+        mask = mask_of(inputs)
         if layer.reverse_dtype is not None:
             inputs, value = ops.cast(inputs, layer.reverse_dtype), ops.cast(value, layer.reverse_dtype)
         logits = _product(inputs, value, conditioning, mask)
@@ -271,7 +208,7 @@ class RegisteredAdapter:
             )
         matrix = ops.reshape(value, (rows.shape[-1], -1))
         conditioning = conditioning_of(kernel)
-        matrix = _conditioned(matrix, conditioning, representatives(rows, conditioning, _mask(inputs)))
+        matrix = conditioned(matrix, conditioning, representatives(rows, conditioning, mask_of(inputs)))
         return call_with(layer, [(kernel, ops.reshape(matrix, value.shape))], inputs, *args, **kwargs)
 
 
@@ -286,70 +223,30 @@ def supported_kinds():
     return [*_KINDS, *registered]
 
 
-def call_with(layer, values, *args, **kwargs):
-    """Returns the layer's own `call`, with tensors in the place of some of its variables.
+def _product(inputs, kernel, conditioning, mask, num_groups=0):
+    """Returns `inputs @ kernel`, the kernel conditioned on the positions of the inputs.
 
     Args:
-        layer: the layer.
-        values: list of pairs of a variable and a tensor.
-        *args: arguments of `call`.
-        **kwargs: keyword arguments of `call`.
+        inputs: tensor `[(groups,) samples, *positions, in]`.
+        kernel: tensor `[(groups,) in, out]`.
+        conditioning: the `Conditioning` in force.
+        mask: tensor `[samples, *positions]`, true where a position counts, or `None`.
+        num_groups: 1 if there is an axis of groups, else 0.
     """
-    replaced = {id(variable): value for variable, value in values}
-    before = [(variable, replaced.get(id(variable), variable.value)) for variable in layer.variables]
-    with keras.StatelessScope(before, collect_losses=True) as stateless:
-        outputs = type(layer).call(layer, *args, **kwargs)
-    # What the call did beside its result is the layer's to keep.
-    for variable, value in before:
-        after = stateless.get_current_value(variable)
-        if after is not None and after is not value:
-            variable.assign(after)
-    for loss in stateless.losses:
-        layer.add_loss(loss)
-    return outputs
-
-
-def _product(inputs, kernel, conditioning, mask):
-    """Returns `inputs @ kernel`, the kernel conditioned on the positions of the inputs."""
     # What `matmul` promotes, the conditioned product is given: sparse inputs dense, integers in the kernel's dtype.
     inputs = ops.cast(_dense(inputs), kernel.dtype)
-    shared = len(inputs.shape) > 2
-    if mask is not None or (shared and conditioning.weight_sharing == "reduce"):
-        return ops.matmul(inputs, _conditioned(kernel, conditioning, representatives(inputs, conditioning, mask)))
-    rows = ops.reshape(inputs, (-1, kernel.shape[0])) if shared else inputs
-    outputs = conditioned_matmul(rows, kernel, conditioning.damping, conditioning.max_rows if shared else None)
-    return ops.reshape(outputs, (*ops.shape(inputs)[:-1], kernel.shape[1])) if shared else outputs
-
-
-def _conditioned(matrix, conditioning, representatives):
-    """Returns the kernel `[(groups,) in, out]` with its gradient conditioned on rows, of which some may not count."""
-    rows, num_rows = representatives
-    return conditioned_kernel(matrix, rows, conditioning.damping, num_rows)
-
-
-def _conditioned_convolution(layer, kernel, conditioning, inputs, depthwise):
-    """Returns the kernel `[*kernel_size, in of a group, out of all groups]` with its gradient conditioned on patches."""
-    inputs = _channels_last(layer, inputs)
-    if None in inputs.shape[1:-1]:
-        # TensorFlow may trace a step for images of any size. There is no grid of patches then, and the gradient is plain.
-        return kernel
-    rows = patches(inputs, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding, conditioning)
-    size, (num_in, num_out) = rows.shape[1], kernel.shape[-2:]
-    if depthwise:
-        # [*kernel_size, channels, multiplier]: every channel is a group.
-        matrix = ops.swapaxes(ops.reshape(kernel, (size, num_in, num_out)), 0, 1)
-        matrix = _conditioned(matrix, conditioning, (ops.transpose(rows, (2, 0, 1)), None))
-        return ops.reshape(ops.swapaxes(matrix, 0, 1), kernel.shape)
-    groups = layer.groups
-    if groups == 1:
-        matrix = ops.reshape(kernel, (size * num_in, num_out))
-        matrix = _conditioned(matrix, conditioning, (ops.reshape(rows, (-1, size * num_in)), None))
-        return ops.reshape(matrix, kernel.shape)
-    rows = ops.transpose(ops.reshape(rows, (-1, size, groups, num_in)), (2, 0, 1, 3))
-    rows = ops.reshape(rows, (groups, -1, size * num_in))
-    matrix = ops.swapaxes(ops.reshape(kernel, (size * num_in, groups, num_out // groups)), 0, 1)
-    matrix = _conditioned(matrix, conditioning, (rows, None))
-    return ops.reshape(ops.swapaxes(matrix, 0, 1), kernel.shape)
+    if len(inputs.shape) == num_groups + 2 and mask is None:
+        return conditioned_matmul(inputs, kernel, conditioning.damping, conditioning.output_damping)
+    shape = ops.shape(inputs)
+    rows = ops.reshape(inputs, (*shape[:num_groups], -1, kernel.shape[-2]))
+    output_shape = (*shape[:-1], kernel.shape[-1])
+    if mask is None and conditioning.weight_sharing == "expand":
+        damping = (conditioning.damping, conditioning.output_damping)
+        return ops.reshape(conditioned_matmul(rows, kernel, *damping, conditioning.max_rows), output_shape)
+    kernel = conditioned(kernel, conditioning, representatives(inputs, conditioning, mask, num_groups))
+    kernel, tap = conditioned_by_outputs(kernel, conditioning, output_shape, mask=mask, num_groups=num_groups)
+    outputs = ops.reshape(ops.matmul(rows, kernel), output_shape)
+    return outputs if tap is None else tap(outputs)
 
 
 def _token_scale(layer, conditioning, inputs):
@@ -361,42 +258,6 @@ def _token_scale(layer, conditioning, inputs):
     frequency = ops.segment_sum(counted, tokens, num_segments=layer.input_dim) / ops.maximum(ops.sum(counted), 1.0)
     damping = ops.cast(conditioning.damping, "float32")
     return damping / (damping + frequency)
-
-
-def _channels_last(layer, inputs):
-    return inputs if layer.data_format == "channels_last" else ops.moveaxis(inputs, 1, -1)
-
-
-def _bias_and_activation(layer, outputs, data_format="channels_last"):
-    if layer.bias is not None:
-        bias = layer.bias
-        if data_format == "channels_first":
-            bias = ops.reshape(bias, (1, -1, *(1 for _ in outputs.shape[2:])))
-        outputs = ops.add(outputs, bias)
-    return outputs if layer.activation is None else layer.activation(outputs)
-
-
-class _MaskReader(keras.layers.Layer):
-    """Shows the mask that Keras carries with its input."""
-
-    def __init__(self, show):
-        super().__init__(autocast=False)
-        self.show = show
-        self.supports_masking = True
-
-    def call(self, inputs, mask=None):
-        self.show(mask)
-        return inputs
-
-
-def _mask(inputs):
-    """Returns the mask that Keras carries with a tensor, or `None`."""
-    if keras.backend.backend() != "jax":
-        return getattr(inputs, "_keras_mask", None)
-    # A JAX tracer takes no attributes. Keras keeps its mask elsewhere, and hands it to a layer that asks.
-    masks = []
-    _MaskReader(masks.append)(inputs)
-    return masks[0]
 
 
 def _dense(inputs):

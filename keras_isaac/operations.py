@@ -3,10 +3,10 @@
 import keras
 from keras import ops
 
-from keras_isaac.conditioner import condition, conditioned_gradient
+from keras_isaac.conditioner import condition, condition_outputs, conditioned_gradient
 
 
-def conditioned_matmul(rows, kernel, damping, max_rows=None):
+def conditioned_matmul(rows, kernel, damping, output_damping=None, max_rows=None):
     """Returns `rows @ kernel`; in the backward pass, the gradient of `kernel` is conditioned on `rows`.
 
     The gradient with respect to `rows` is the usual one. Where only the finished gradient can be conditioned, as for a
@@ -16,22 +16,23 @@ def conditioned_matmul(rows, kernel, damping, max_rows=None):
         rows: tensor `[..., rows, in]`.
         kernel: tensor or variable `[..., in, out]`.
         damping: scalar tensor.
+        output_damping: scalar tensor, or `None` to condition on the rows alone.
         max_rows: integer, how many rows at most stand for all, or `None`.
 
     Returns:
         Tensor `[..., rows, out]`.
     """
 
-    def gradients(output_gradient, needed, rows, kernel, damping):
+    def gradients(output_gradient, needed, rows, kernel, damping, output_damping):
         rows_gradient = kernel_gradient = None
         if needed[0]:
             rows_gradient = output_gradient @ ops.swapaxes(kernel, -2, -1)
         if needed[1]:
-            kernel_gradient = conditioned_gradient(rows, output_gradient, damping, max_rows)
-            kernel_gradient = ops.cast(kernel_gradient, kernel.dtype)
-        return rows_gradient, kernel_gradient, None
+            kernel_gradient = conditioned_gradient(rows, output_gradient, damping, output_damping, max_rows)
+            kernel_gradient = _cast(kernel_gradient, kernel.dtype)
+        return rows_gradient, kernel_gradient, None, None
 
-    return _with_gradients(lambda rows, kernel, _: ops.matmul(rows, kernel), gradients, rows, kernel, damping)
+    return _with_gradients(lambda rows, kernel, *_: rows @ kernel, gradients, rows, kernel, damping, output_damping)
 
 
 def conditioned_kernel(kernel, rows, damping, num_rows=None):
@@ -46,14 +47,43 @@ def conditioned_kernel(kernel, rows, damping, num_rows=None):
     Returns:
         Tensor `[..., in, out]`.
     """
-    rows = ops.stop_gradient(rows)
-    optional = () if num_rows is None else (ops.stop_gradient(num_rows),)
 
-    def gradients(kernel_gradient, needed, kernel, rows, damping, *optional):
-        conditioned = condition(kernel_gradient, rows, damping, *optional)
-        return (ops.cast(conditioned, kernel.dtype), None, None, *(None for _ in optional))
+    def gradients(kernel_gradient, needed, kernel, rows, damping, num_rows):
+        return (_cast(condition(kernel_gradient, rows, damping, num_rows), kernel.dtype), None, None, None)
 
-    return _with_gradients(lambda kernel, *_: kernel, gradients, kernel, rows, damping, *optional)
+    return _with_gradients(lambda kernel, *_: kernel, gradients, kernel, ops.stop_gradient(rows), damping, num_rows)
+
+
+def output_conditioned_kernel(kernel, carrier, damping, num_rows=None):
+    """Returns `kernel` and `carrier`; in the backward pass, the kernel's gradient is conditioned on the carrier's.
+
+    `carried` sends rows of the output's gradient there.
+
+    Args:
+        kernel: tensor `[..., in, out]`.
+        carrier: tensor of zeros `[..., rows, out]`.
+        damping: scalar tensor, as it stands beside the gradients of a mean loss.
+        num_rows: scalar tensor, how many of the rows count, where others are zero. Defaults to `None`: all count.
+
+    Returns:
+        Tensors `[..., in, out]` and `[..., rows, out]`.
+    """
+
+    def gradients(output_gradients, needed, kernel, carrier, damping, num_rows):
+        kernel_gradient, output_rows = output_gradients
+        conditioned = condition_outputs(kernel_gradient, output_rows, damping, num_rows)
+        return _cast(conditioned, kernel.dtype), None, None, None
+
+    return _with_gradients(lambda kernel, carrier, *_: (kernel, carrier), gradients, kernel, carrier, damping, num_rows)
+
+
+def carried(outputs, carrier, rows_of):
+    """Returns `outputs`; in the backward pass, `rows_of` of their gradient is the gradient of `carrier`."""
+
+    def gradients(output_gradient, needed, outputs, carrier):
+        return output_gradient, _cast(rows_of(output_gradient), carrier.dtype)
+
+    return _with_gradients(lambda outputs, _: outputs, gradients, outputs, carrier)
 
 
 def scaled_gradient(tensor, scale):
@@ -64,6 +94,14 @@ def scaled_gradient(tensor, scale):
 
     return _with_gradients(lambda tensor, scale: tensor, gradients, tensor, ops.stop_gradient(scale))
 
+
+def _cast(tensor, dtype):
+    # Spares eager PyTorch a call.
+    return tensor if tensor.dtype == dtype else ops.cast(tensor, dtype)
+
+
+# Each backend has `_with_gradients(function, gradients, *tensors)`, which returns `function(*tensors)`, with
+# `gradients(output_gradient, needed, *tensors)` for its gradients. A tensor may be `None`, and so may a gradient.
 
 if keras.backend.backend() == "torch":
     # `keras.ops.custom_gradient` would compute the input gradient of the first layer, which nobody asks for, and turn an
@@ -78,35 +116,46 @@ if keras.backend.backend() == "torch":
             return function(*tensors)
 
         @staticmethod
-        def backward(ctx, output_gradient):
-            return None, None, *ctx.gradients(output_gradient, ctx.needs_input_grad[2:], *ctx.saved_tensors)
+        def backward(ctx, *output_gradients):
+            output_gradients = output_gradients if len(output_gradients) > 1 else output_gradients[0]
+            return None, None, *ctx.gradients(output_gradients, ctx.needs_input_grad[2:], *ctx.saved_tensors)
 
     def _with_gradients(function, gradients, *tensors):
-        """Returns `function(*tensors)`, with `gradients(output_gradient, needed, *tensors)` for its gradients."""
-        return _WithGradients.apply(function, gradients, *(ops.convert_to_tensor(tensor) for tensor in tensors))
-elif keras.backend.backend() == "tensorflow":
-    import tensorflow as tf
-
-    def _with_gradients(function, gradients, *tensors):
-        """Returns `function(*tensors)`, with `gradients(output_gradient, needed, *tensors)` for its gradients."""
-
-        @tf.custom_gradient
-        def call(*tensors):
-            return function(*tensors), lambda gradient: gradients(gradient, [True] * len(tensors), *tensors)
-
-        # In eager mode a tensor may still be a variable, which `tf.custom_gradient` would not take for an argument.
-        return call(*(tf.convert_to_tensor(tensor) for tensor in tensors))
+        known = (torch.Tensor, type(None))
+        tensors = (tensor if isinstance(tensor, known) else ops.convert_to_tensor(tensor) for tensor in tensors)
+        return _WithGradients.apply(function, gradients, *tensors)
 else:
 
     def _with_gradients(function, gradients, *tensors):
-        """Returns `function(*tensors)`, with `gradients(output_gradient, needed, *tensors)` for its gradients."""
+        given = [tensor is not None for tensor in tensors]
 
-        @ops.custom_gradient
-        def call(*tensors):
-            def all_gradients(gradient):
-                results = gradients(gradient, [True] * len(tensors), *tensors)
-                return tuple(ops.zeros_like(t) if r is None else r for t, r in zip(tensors, results, strict=True))
+        def completed(present):
+            present = iter(present)
+            return [next(present) if is_given else None for is_given in given]
 
-            return function(*tensors), all_gradients
+        def call(*present):
+            def all_gradients(*output_gradients):
+                output_gradients = output_gradients if len(output_gradients) > 1 else output_gradients[0]
+                results = gradients(output_gradients, [True] * len(given), *completed(present))
+                results = [result for result, is_given in zip(results, given, strict=True) if is_given]
+                return tuple(map(_gradient, results, present))
 
-        return call(*tensors)
+            return function(*completed(present)), all_gradients
+
+        return _custom_gradient(call)(*(_as_tensor(tensor) for tensor in tensors if tensor is not None))
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        _custom_gradient = tf.custom_gradient
+        # In eager mode a tensor may still be a variable, which `tf.custom_gradient` would not take for an argument.
+        _as_tensor = tf.convert_to_tensor
+
+        def _gradient(result, tensor):
+            return result
+    else:
+        _custom_gradient = ops.custom_gradient
+        _as_tensor = ops.convert_to_tensor
+
+        def _gradient(result, tensor):
+            return ops.zeros_like(tensor) if result is None else result

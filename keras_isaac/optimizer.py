@@ -40,6 +40,11 @@ class ISAAC(keras.optimizers.Optimizer):
         inner_optimizer: the Keras optimizer that takes the conditioned gradient: a name (`"adam"`) or a class, built with
             `learning_rate` and `kwargs`; or an instance, and then neither of them may be given. Defaults to `"sgd"`.
         name: string. Defaults to `None`: chosen by Keras.
+        output_damping: float > 0, or `None` for ISAAC proper. Conditions the output side of each kernel too, with the
+            empirical Fisher matrix: `ζ = ζ* μ (μI + rGᵀG)⁻¹` for μ this damping, λ_g in the paper, and G the gradient
+            `[rows, out]` of a loss that is a mean over the r rows, with respect to the layer's product. In units of the squared
+            gradients rG. Tables of embeddings, transposed convolutions, LoRA's factors and layers of `register_layer` have
+            their input side conditioned alone. Defaults to `None`, the limit of a large one.
         weight_sharing: how the positions of a sequence or an image, which share one kernel, make rows: `"expand"`, each
             position is a row; `"reduce"`, a sample's mean over its positions is one. Defaults to `"expand"`. The terms are
             of [Eschenhagen et al., 2023](https://arxiv.org/abs/2311.00636).
@@ -48,7 +53,7 @@ class ISAAC(keras.optimizers.Optimizer):
         **kwargs: arguments of the inner optimizer, such as `momentum=0.9`, `clipnorm=1.0` or `weight_decay=1e-4`.
 
     Raises:
-        ValueError: if `damping` is not a finite number above 0, if `learning_rate` or `kwargs` come with an instance, if
+        ValueError: if a damping is not a finite number above 0, if `learning_rate` or `kwargs` come with an instance, if
             `weight_sharing` is none of the two, or if `max_rows` is no integer above 0.
         TypeError: if `inner_optimizer` is not an optimizer.
 
@@ -68,15 +73,19 @@ class ISAAC(keras.optimizers.Optimizer):
         inner_optimizer="sgd",
         name=None,
         *,
+        output_damping=None,
         weight_sharing="expand",
         max_rows=1024,
         **kwargs,
     ):
         _check_damping(damping)
+        if output_damping is not None:
+            _check_number("output_damping", output_damping, "a finite number above 0 or `None`")
         _check_weight_sharing(weight_sharing, max_rows)
         # The base class keeps a learning rate of its own; as in LossScaleOptimizer, the inner optimizer's is the one in use.
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = _build_inner_optimizer(inner_optimizer, learning_rate, kwargs)
+        self.output_damping = None if output_damping is None else float(output_damping)
         self.weight_sharing = weight_sharing
         self.max_rows = max_rows
         self._took_part = False
@@ -147,13 +156,24 @@ class ISAAC(keras.optimizers.Optimizer):
         with scope.opened(self.conditioning_of_step(mapping)):
             yield
 
-    def conditioning_of_step(self, state_mapping=()):
-        """Returns this step's `Conditioning`, its damping read under `state_mapping` (pairs of variable and tensor)."""
+    def conditioning_of_step(self, state_mapping=(), outer_optimizer=None):
+        """Returns this step's `Conditioning`.
+
+        Args:
+            state_mapping: list of pairs of variable and tensor, under which the state is read.
+            outer_optimizer: the optimizer that scales the loss. Defaults to `None`: this one.
+        """
         stateless = keras.StatelessScope(state_mapping) if state_mapping else contextlib.nullcontext()
+        output_damping = None
         with stateless:
             damping = ops.convert_to_tensor(self.damping)
+            if self.output_damping is not None:
+                # The output's gradients come multiplied by the scale of the loss.
+                scale = ops.cast((outer_optimizer or self).scale_loss(ops.ones((), "float32")), "float32")
+                output_damping = self.output_damping * scale * scale
         return scope.Conditioning(
             damping=damping,
+            output_damping=output_damping,
             weight_sharing=self.weight_sharing,
             max_rows=self.max_rows,
             trains=self._trains,
@@ -270,6 +290,7 @@ class ISAAC(keras.optimizers.Optimizer):
             "name": self.name,
             "damping": damping,
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "output_damping": self.output_damping,
             "weight_sharing": self.weight_sharing,
             "max_rows": self.max_rows,
         }
@@ -293,17 +314,17 @@ def isaacs_in(optimizer):
 
 
 def _check_damping(damping):
-    if isinstance(damping, _LearningRateSchedule):
-        return
+    if not isinstance(damping, _LearningRateSchedule):
+        _check_number("damping", damping, "a finite number above 0 or a `keras.optimizers.schedules.LearningRateSchedule`")
+
+
+def _check_number(name, value, wanted):
     # Tensors and NumPy scalars are numbers to a user; a boolean is a slip.
-    number = damping
-    if hasattr(damping, "shape") and tuple(damping.shape) == ():
-        number = ops.convert_to_numpy(damping).item()
+    number = value
+    if hasattr(value, "shape") and tuple(value.shape) == ():
+        number = ops.convert_to_numpy(value).item()
     if not isinstance(number, numbers.Real) or isinstance(number, bool) or not 0 < number < math.inf:
-        raise ValueError(
-            "`damping` must be a finite number above 0 or a `keras.optimizers.schedules.LearningRateSchedule`. "
-            f"Received: damping={damping!r}"
-        )
+        raise ValueError(f"`{name}` must be {wanted}. Received: {name}={value!r}")
 
 
 def _check_weight_sharing(weight_sharing, max_rows):

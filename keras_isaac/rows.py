@@ -12,7 +12,7 @@ from keras import ops
 from keras_isaac.conditioner import spread
 
 
-def representatives(inputs, conditioning, mask=None, num_groups=0):
+def representatives(inputs, conditioning, mask=None, num_groups=0, summed=False):
     """Returns the rows that stand for `inputs`, and how many count.
 
     Args:
@@ -20,6 +20,7 @@ def representatives(inputs, conditioning, mask=None, num_groups=0):
         conditioning: the `Conditioning` in force, for `weight_sharing` and `max_rows`.
         mask: tensor `[samples, *positions]`, true where a position counts, or `None`.
         num_groups: how many leading axes are groups.
+        summed: boolean, whether to reduce a sample to the sum of its positions instead of their mean, as gradients are.
 
     Returns:
         Rows `[*groups, rows, features]`, and a scalar tensor or `None`.
@@ -36,11 +37,14 @@ def representatives(inputs, conditioning, mask=None, num_groups=0):
         mask = ops.cast(ops.reshape(mask, (samples, -1, 1)), inputs.dtype)
     if conditioning.weight_sharing == "reduce":
         if mask is None:
-            return spread(ops.mean(inputs, axis=-2), conditioning.max_rows), None
+            reduced = ops.sum(inputs, axis=-2) if summed else ops.mean(inputs, axis=-2)
+            return spread(reduced, conditioning.max_rows), None
         lengths = ops.sum(mask, axis=-2)
-        means = ops.sum(inputs * mask, axis=-2) / ops.where(lengths == 0, ops.ones_like(lengths), lengths)
-        counts = spread(ops.cast(lengths > 0, means.dtype), conditioning.max_rows)
-        return spread(means, conditioning.max_rows), ops.sum(counts)
+        reduced = ops.sum(inputs * mask, axis=-2)
+        if not summed:
+            reduced = reduced / ops.where(lengths == 0, ops.ones_like(lengths), lengths)
+        counts = spread(ops.cast(lengths > 0, reduced.dtype), conditioning.max_rows)
+        return spread(reduced, conditioning.max_rows), ops.sum(counts)
     rows = spread(ops.reshape(inputs, (*groups, -1, num_features)), conditioning.max_rows)
     if mask is None:
         return rows, None

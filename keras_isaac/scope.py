@@ -19,6 +19,7 @@ class Conditioning:
 
     Args:
         damping: scalar tensor of the step, λ_a in the paper.
+        output_damping: scalar tensor of the step, λ_g in the paper, times the square of the scale of the loss; or `None`.
         weight_sharing: `"expand"` or `"reduce"`, how positions that share a kernel make rows.
         max_rows: integer, how many rows at most stand for all of a shared kernel's, or `None`.
         trains: function of a kernel variable, whether this optimizer updates it.
@@ -26,6 +27,7 @@ class Conditioning:
     """
 
     damping: Any
+    output_damping: Any
     weight_sharing: str
     max_rows: int | None
     trains: Callable[[Any], bool]

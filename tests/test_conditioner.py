@@ -86,6 +86,17 @@ def test_theorem_isaac_is_kfac_as_the_output_damping_grows():
     assert relative_error(conditioned(rows, mean_loss_gradient, 0.3), kfac) < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(6, 9), (12, 7), (5, 5), (1, 4)], ids=str)
+@pytest.mark.parametrize("outputs", [3, 8, 30])
+@pytest.mark.parametrize("output_damping", [1e-3, 0.3, 1e9])
+def test_two_parameter_method_is_the_papers_with_the_empirical_fisher(shape, outputs, output_damping):
+    rows, per_sample = normal(shape, (shape[0], outputs))
+    arguments = (rows, per_sample / np.float32(shape[0]), 0.3, output_damping)
+    actual = to_numpy(conditioned_gradient(*(ops.convert_to_tensor(np.asarray(x, "float32")) for x in arguments)))
+    assert relative_error(actual, oracle.kfac_gradient(rows, per_sample, 0.3, output_damping)) < 1e-5
+    assert np.sum(actual * (rows.T @ per_sample)) > 0
+
+
 def test_theorem_both_dampings_vanishing_give_kfacs_step():
     rows, per_sample = normal((12, 7), (12, 4))
     covariance, fisher = (x.T.astype("float64") @ x / len(x) for x in (rows, per_sample))
@@ -167,7 +178,7 @@ def test_both_sides_are_one_matrix():
 
     rows, gradient = (ops.convert_to_tensor(x) for x in normal((8, 8), (8, 5)))
     damping = ops.convert_to_tensor(np.float32(0.5))
-    sample = to_numpy(conditioner._sample_side(rows, gradient, damping))
+    sample = to_numpy(ops.transpose(rows) @ conditioner._sample_side(rows, ops.transpose(rows), damping) @ gradient)
     feature = to_numpy(conditioner.condition(ops.transpose(rows) @ gradient, rows, damping))
     assert relative_error(sample, feature) < 1e-5
 

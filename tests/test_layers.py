@@ -36,14 +36,16 @@ def test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(
         np.testing.assert_array_equal(captured, expected)
     reading, names = case.read(layer, inputs), is_kernel(case, layer, inputs)
     assert set(names) - {None} == set(reading)
-    for damping in (0.1, 1.0, 30.0):
+    for damping in (1e-4, 0.1, 1.0, 30.0):
         conditioned = run(layer, inputs, cotangent, ISAAC(damping=damping), compiled)
         assert relative_error(conditioned.outputs, plain.outputs) < 1e-6
         if plain.input_gradient is not None:
             assert relative_error(conditioned.input_gradient, plain.input_gradient) < 1e-6
         for name, actual, theirs in zip(names, conditioned.gradients, plain.gradients, strict=True):
             expected = theirs if name is None else expected_gradient(*reading[name], theirs, damping)
-            assert relative_error(actual, expected) < 2e-5
+            # Where conditioning shortens the gradient, what float32 lost of the longer one is part of the shorter.
+            shortening = np.linalg.norm(theirs) / np.linalg.norm(expected)
+            assert relative_error(actual, expected) < 2e-5 + 2.0**-18 * shortening
             if name is not None and damping == 0.1:
                 assert relative_error(actual, theirs) > 1e-2
 

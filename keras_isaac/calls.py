@@ -1,0 +1,121 @@
+"""What the adapters of layers share: a layer's own call with other kernels, conditioned kernels, masks, biases."""
+
+import contextlib
+import math
+
+import keras
+from keras import ops
+
+from keras_isaac.conditioner import mean_loss_damping
+from keras_isaac.operations import carried, conditioned_kernel, output_conditioned_kernel
+from keras_isaac.rows import representatives
+
+
+def call_with(layer, values, *args, tap=None, **kwargs):
+    """Returns the layer's own `call`, with tensors in the place of some of its variables.
+
+    Args:
+        layer: the layer.
+        values: list of pairs of a variable and a tensor.
+        *args: arguments of `call`.
+        tap: function through which the outputs pass before the activation, or `None`.
+        **kwargs: keyword arguments of `call`.
+    """
+    replaced = {id(variable): value for variable, value in values}
+    before = [(variable, replaced.get(id(variable), variable.value)) for variable in layer.variables]
+    with keras.StatelessScope(before, collect_losses=True) as stateless, _tapped(layer, tap):
+        outputs = type(layer).call(layer, *args, **kwargs)
+    # What the call did beside its result is the layer's to keep.
+    for variable, value in before:
+        after = stateless.get_current_value(variable)
+        if after is not None and after is not value:
+            variable.assign(after)
+    for loss in stateless.losses:
+        layer.add_loss(loss)
+    return outputs
+
+
+@contextlib.contextmanager
+def _tapped(layer, tap):
+    """Has the outputs of `layer` pass through `tap` before its activation, which is where `call` lets go of them."""
+    if tap is None:
+        yield
+        return
+    activation = layer.activation
+    layer.activation = tap if activation is None else lambda outputs: activation(tap(outputs))
+    try:
+        yield
+    finally:
+        layer.activation = activation
+
+
+def conditioned(matrix, conditioning, representatives):
+    """Returns the kernel `[(groups,) in, out]` with its gradient conditioned on rows, of which some may not count."""
+    rows, num_rows = representatives
+    return conditioned_kernel(matrix, rows, conditioning.damping, num_rows)
+
+
+def conditioned_by_outputs(matrix, conditioning, output_shape, rows_of=lambda outputs: outputs, mask=None, num_groups=0):
+    """Returns the kernel `[(groups,) in, out]`, its gradient conditioned on that of the layer's product too, and a tap.
+
+    The product must pass through the tap, a function. Without a finite output damping, the kernel is as it was.
+
+    Args:
+        matrix: tensor, the kernel.
+        conditioning: the `Conditioning` in force.
+        output_shape: tuple, the shape of the layer's product.
+        rows_of: function from the product to `[*groups, samples, *positions, out]`. Defaults to the identity.
+        mask: tensor `[samples, *positions]`, true where a position counts, or `None`.
+        num_groups: integer, how many leading axes of `rows_of` are groups.
+    """
+    if conditioning.output_damping is None:
+        return matrix, None
+
+    def output_rows(outputs):
+        return representatives(ops.cast(rows_of(outputs), matrix.dtype), conditioning, mask, num_groups, summed=True)
+
+    zeros = ops.zeros(output_shape, matrix.dtype)
+    carrier, num_rows = output_rows(zeros)
+    shape = ops.shape(rows_of(zeros))[num_groups:-1]
+    total = shape[0] if conditioning.weight_sharing == "reduce" else math.prod(shape)
+    if num_rows is not None:
+        kept = ops.cast(ops.shape(carrier)[-2], "float32")
+        total = ops.maximum(ops.cast(num_rows, "float32"), 1.0) * ops.cast(total, "float32") / kept
+    elif not isinstance(total, int):
+        total = ops.cast(total, "float32")
+    damping = mean_loss_damping(ops.cast(conditioning.output_damping, "float32"), total)
+    matrix, carrier = output_conditioned_kernel(matrix, carrier, damping, num_rows)
+    return matrix, lambda outputs: carried(outputs, carrier, lambda gradient: output_rows(gradient)[0])
+
+
+def bias_and_activation(layer, outputs, data_format="channels_last"):
+    """Returns `outputs` with the layer's bias added and its activation applied."""
+    if layer.bias is not None:
+        bias = layer.bias
+        if data_format == "channels_first":
+            bias = ops.reshape(bias, (1, -1, *(1 for _ in outputs.shape[2:])))
+        outputs = ops.add(outputs, bias)
+    return outputs if layer.activation is None else layer.activation(outputs)
+
+
+class _MaskReader(keras.layers.Layer):
+    """Shows the mask that Keras carries with its input."""
+
+    def __init__(self, show):
+        super().__init__(autocast=False)
+        self.show = show
+        self.supports_masking = True
+
+    def call(self, inputs, mask=None):
+        self.show(mask)
+        return inputs
+
+
+def mask_of(inputs):
+    """Returns the mask that Keras carries with a tensor, or `None`."""
+    if keras.backend.backend() != "jax":
+        return getattr(inputs, "_keras_mask", None)
+    # A JAX tracer takes no attributes. Keras keeps its mask elsewhere, and hands it to a layer that asks.
+    masks = []
+    _MaskReader(masks.append)(inputs)
+    return masks[0]
