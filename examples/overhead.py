@@ -4,9 +4,9 @@
     python overhead.py --backend torch --models mlp-1600,transformer --json overhead.json
     python overhead.py --backend tensorflow --growth overhead.png
 
-The contenders take turns in one process, an epoch of `fit` each, so that a busy machine slows them alike. The ratio is the
-median over the turns. The first step and the peak memory are measured in processes of their own. The floor is the ratio that
-counting multiplications gives. On PyTorch the authors' package (`pip install isaac`) is measured beside.
+The contenders take turns in one process, an epoch of `fit` each, so that a busy machine slows them alike; the ratio is the
+median over the turns. First step and peak memory are measured in processes of their own. The floor is the ratio that counting
+multiplications gives. On PyTorch the authors' package (`pip install isaac`) takes part.
 """
 
 import argparse
@@ -32,15 +32,14 @@ class Benchmark:
     """One model at one size.
 
     Args:
-        build: function that returns the Keras model; for a stack of dense layers it may be given what makes a layer of
-            `(in, out, activation)`.
+        build: function that returns the Keras model; for dense layers alone, it may be given what makes a layer.
         products: for each kernel, the first layer's first, `(rows, in, out)`.
         batch: integer, samples a step.
         input_shape: tuple, of one sample.
         classes: integer, what the model tells apart; `None` if it reproduces its inputs.
-        embeds: whether the inputs are tokens, so that the first kernel too has an input gradient, for the embedding.
+        embeds: whether the inputs are tokens, so that the first kernel has an input gradient too: the embedding's.
         attention: integer, the multiplications of a plain step in which no kernel takes part.
-        variants: dictionary, by name, the `max_rows` that are compared.
+        variants: dictionary, the `max_rows` to compare, by name.
     """
 
     build: Callable
@@ -81,18 +80,18 @@ def added_multiplications(rows, num_in, num_out, max_rows):
 
 def dense(sizes, batch, tokens=None):
     """A stack of ReLU layers, on vectors or on sequences of them."""
-    pairs = list(itertools.pairwise(sizes))
+    shapes = list(itertools.pairwise(sizes))
     input_shape = (sizes[0],) if tokens is None else (tokens, sizes[0])
 
     def build(make_layer=None):
         import keras
 
         make_layer = make_layer or (lambda _, num_out, activation: keras.layers.Dense(num_out, activation))
-        layers = [make_layer(*pair, "relu") for pair in pairs[:-1]] + [make_layer(*pairs[-1], None)]
+        layers = [make_layer(*shape, "relu") for shape in shapes[:-1]] + [make_layer(*shapes[-1], None)]
         return keras.Sequential([keras.Input(input_shape), *layers])
 
-    products = [(batch * (tokens or 1), *pair) for pair in pairs]
-    # Rows of vectors are not shared over positions: all count.
+    products = [(batch * (tokens or 1), *shape) for shape in shapes]
+    # Without positions that share a kernel, all rows count.
     variants = {"variants": {"ISAAC": None}} if tokens is None else {}
     return Benchmark(build, products, batch, input_shape, None if sizes[0] == sizes[-1] else sizes[-1], **variants)
 
@@ -144,16 +143,11 @@ def cnn(batch=32, size=32, classes=10):
 
 
 MODELS = {f"mlp-{width}": dense((784, *[width] * 4, 10), 60) for width in (100, 400, 1600, 6400)}
-MODELS |= {
-    "autoencoder": dense((784, 1000, 500, 30, 500, 1000, 784), 60),
-    "transformer": transformer(),
-    "cnn": cnn(),
-}
-GROWTH = {
-    "width": {width: dense((784, *[width] * 4, 10), 60) for width in (50, 100, 200, 400, 800, 1600)},
-    "batch": {batch: dense((784, *[400] * 4, 10), batch) for batch in (15, 30, 60, 120, 240, 480, 960, 1920)},
-    "tokens": {tokens: dense((256, 256, 256, 256), 4, tokens) for tokens in (16, 32, 64, 128, 256, 512, 1024)},
-}
+MODELS["autoencoder"] = dense((784, 1000, 500, 30, 500, 1000, 784), 60)
+MODELS |= {"transformer": transformer(), "cnn": cnn()}
+GROWTH = {f"width {width}": dense((784, *[width] * 4, 10), 60) for width in (50, 100, 200, 400, 800, 1600)}
+GROWTH |= {f"batch {batch}": dense((784, *[400] * 4, 10), batch) for batch in (15, 30, 60, 120, 240, 480, 960, 1920)}
+GROWTH |= {f"tokens {tokens}": dense([256] * 4, 4, tokens) for tokens in (16, 32, 64, 128, 256, 512, 1024)}
 
 
 def parse_arguments():
@@ -165,16 +159,12 @@ def parse_arguments():
     names = ",".join(name for name in MODELS if name != "mlp-6400")
     parser.add_argument("--models", default=names, help=f"of {', '.join(MODELS)}; or all (default: all but mlp-6400)")
     parser.add_argument("--repetitions", type=int, default=15, help="turns of each contender (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="of a turn (default: as many as last 1/3 to 2/3 of a second)")
     parser.add_argument(
-        "--steps", type=int, help="of a turn (default: a power of two that lasts a third to two thirds of a second)"
+        "--processes", type=int, default=1, help="of each contender for first step and memory (default: %(default)s)"
     )
-    parser.add_argument(
-        "--processes", type=int, default=1, help="a contender, for first step and memory (default: %(default)s)"
-    )
-    parser.add_argument("--json", type=Path, help="where to save the results too")
-    parser.add_argument(
-        "--growth", type=Path, help="instead, measure the growth with width, batch and tokens into this picture"
-    )
+    parser.add_argument("--json", type=Path, help="save the results here too")
+    parser.add_argument("--growth", type=Path, help="vary width, batch and tokens instead, and save the picture here")
     arguments = parser.parse_args()
     arguments.models = list(MODELS) if arguments.models == "all" else arguments.models.split(",")
     if unknown := set(arguments.models) - set(MODELS):
@@ -182,6 +172,28 @@ def parse_arguments():
     if arguments.repetitions < 2:
         parser.error(f"--repetitions must be at least 2, for quartiles. Received: {arguments.repetitions}")
     return arguments
+
+
+def find_device():
+    """Returns the device's name, what waits for it, and what reads its peak memory in bytes (on a CPU, the process's)."""
+    import keras
+
+    if keras.backend.backend() == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name(), torch.cuda.synchronize, torch.cuda.max_memory_allocated
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if jax.default_backend() == "gpu":
+            device = jax.devices()[0]
+            # The step is one computation there, so that its loss waits for all of it.
+            return device.device_kind, lambda: None, lambda: device.memory_stats()["peak_bytes_in_use"]
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{os.cpu_count()} CPU cores", lambda: None, lambda: unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def make_trainer(benchmark, contender):
@@ -192,37 +204,33 @@ def make_trainer(benchmark, contender):
 
     if contender.endswith("loop"):
         return make_torch_loop(benchmark, contender)
-    model, optimizer = None, keras.optimizers.SGD(LEARNING_RATE)
-    if contender == "package in fit":
-        model = benchmark.build(lambda *layer: keras.layers.TorchModuleWrapper(make_torch_layer(contender, *layer)))
-    elif contender in benchmark.variants:
-        model = capture_inputs(benchmark.build())
-        optimizer = ISAAC(LEARNING_RATE, DAMPING, max_rows=benchmark.variants[contender])
-    else:
-        model = benchmark.build()
+    optimizer, capture, make_layer = keras.optimizers.SGD(LEARNING_RATE), lambda model: model, ()
+    if contender in benchmark.variants:
+        optimizer, capture = ISAAC(LEARNING_RATE, DAMPING, max_rows=benchmark.variants[contender]), capture_inputs
+    elif contender == "package in fit":
+        make_layer = [lambda *layer: keras.layers.TorchModuleWrapper(make_torch_layer(contender, *layer))]
+    model = capture(benchmark.build(*make_layer))
     loss = "mse" if benchmark.classes is None else keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss)
-
-    class Stopwatch(keras.callbacks.Callback):
-        # Of the epoch: what `fit` does before it does not grow with the steps.
-        def on_epoch_begin(self, epoch, logs=None):
-            self.start = time.perf_counter()
-
-        def on_epoch_end(self, epoch, logs=None):
-            synchronize()
-            self.seconds = time.perf_counter() - self.start
-
-    stopwatch = Stopwatch()
+    _, synchronize, _ = find_device()
 
     def train(x, y):
+        times = []
+
+        def tick(epoch, logs):
+            synchronize()
+            times.append(time.perf_counter())
+
+        # What `fit` does before its first epoch does not grow with the steps.
+        stopwatch = keras.callbacks.LambdaCallback(on_epoch_begin=tick, on_epoch_end=tick)
         model.fit(x, y, batch_size=benchmark.batch, verbose=0, callbacks=[stopwatch])
-        return stopwatch.seconds
+        return times[1] - times[0]
 
     return train
 
 
 def make_torch_layer(contender, num_in, num_out, activation):
-    """Returns a dense layer of PyTorch's or of the package's."""
+    """Returns a dense layer of PyTorch's, or of the package's."""
     import torch
 
     if contender.startswith("package"):
@@ -235,97 +243,59 @@ def make_torch_layer(contender, num_in, num_out, activation):
 
 
 def make_torch_loop(benchmark, contender):
-    """As `make_trainer`, in PyTorch without Keras."""
+    """Does as `make_trainer`, without Keras."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pairs = [product[1:] for product in benchmark.products]
-    layers = [make_torch_layer(contender, *pair, "relu") for pair in pairs[:-1]]
-    model = torch.nn.Sequential(*layers, make_torch_layer(contender, *pairs[-1], None)).to(device)
+    *first, last = [product[1:] for product in benchmark.products]
+    layers = [make_torch_layer(contender, *shape, "relu") for shape in first] + [make_torch_layer(contender, *last, None)]
+    model = torch.nn.Sequential(*layers).to(device)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
     loss_fn = torch.nn.MSELoss() if benchmark.classes is None else torch.nn.CrossEntropyLoss()
+    _, synchronize, _ = find_device()
 
     def train(x, y):
-        x, y = (torch.as_tensor(array) for array in (x, y))
-        y = y if benchmark.classes is None else y.long()
+        x, y = torch.as_tensor(x), torch.as_tensor(y if benchmark.classes is None else y.astype("int64"))
         start = time.perf_counter()
         for x_batch, y_batch in zip(x.split(benchmark.batch), y.split(benchmark.batch), strict=True):
             optimizer.zero_grad()
-            loss = loss_fn(model(x_batch.to(device)), y_batch.to(device))
-            loss.backward()
+            loss_fn(model(x_batch.to(device)), y_batch.to(device)).backward()
             optimizer.step()
-        loss.item()
         synchronize()
         return time.perf_counter() - start
 
     return train
 
 
-def synchronize():
-    """Waits for the last update, which no result of `fit` depends on where the device runs on its own."""
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def find_gpu():
-    """Returns the name of the backend's GPU and a function of its peak memory in bytes, or `None`."""
-    import keras
-
-    if keras.backend.backend() == "torch":
-        import torch
-
-        return (torch.cuda.get_device_name(), torch.cuda.max_memory_allocated) if torch.cuda.is_available() else None
-    if keras.backend.backend() == "jax":
-        import jax
-
-        device = jax.devices()[0]
-        return (device.device_kind, lambda: device.memory_stats()["peak_bytes_in_use"]) if device.platform == "gpu" else None
-    import tensorflow as tf
-
-    if not (devices := tf.config.list_physical_devices("GPU")):
-        return None
-    name = tf.config.experimental.get_device_details(devices[0]).get("device_name", "GPU")
-    return name, lambda: tf.config.experimental.get_memory_info("GPU:0")["peak"]
-
-
-def measure_fresh(name, contender):
-    """In a fresh process, returns the seconds to the first step and the peak memory in MB of a few steps."""
-    import resource
-
+def measure_first_step(name, contender):
+    """Returns the seconds to the end of the first step, and the peak memory of a few in MB."""
     # What the framework sets up once is no part of it.
-    make_trainer(dense((2, 1), 1), "plain")(*dense((2, 1), 1).data(1))
-    benchmark = MODELS[name]
-    train = make_trainer(benchmark, contender)
-    data = benchmark.data(1)
+    make_trainer(dense((2, 2), 1), "plain")(*dense((2, 2), 1).data(1))
+    train, data = make_trainer(MODELS[name], contender), MODELS[name].data(1)
     start = time.perf_counter()
     train(*data)
     seconds = time.perf_counter() - start
-    train(*benchmark.data(3))
-    if gpu := find_gpu():
-        return seconds, gpu[1]() / 2**20
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    train(*MODELS[name].data(3))
+    _, _, peak_memory = find_device()
+    return seconds, peak_memory() / 2**20
 
 
 def measure_in_processes(name, num_processes):
-    """Returns `(first-step seconds, peak MB)` for each contender, medians over processes of one contender each."""
-    contenders = ["plain", *MODELS[name].variants]
+    """Returns the medians of `measure_first_step` over fresh processes, for each contender."""
+    measured = {contender: [] for contender in ("plain", *MODELS[name].variants)}
     context = multiprocessing.get_context("spawn")
-    results = {contender: [] for contender in contenders}
     with concurrent.futures.ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-        for _, contender in itertools.product(range(num_processes), contenders):
-            results[contender].append(pool.submit(measure_fresh, name, contender).result())
-    return {
-        contender: [statistics.median(values) for values in zip(*pairs, strict=True)] for contender, pairs in results.items()
-    }
+        for _, contender in itertools.product(range(num_processes), measured):
+            measured[contender].append(pool.submit(measure_first_step, name, contender).result())
+    return {contender: [statistics.median(each) for each in zip(*pairs, strict=True)] for contender, pairs in measured.items()}
 
 
-def measure(name, benchmark, arguments, fresh=None, package=False):
-    """Lets the contenders take turns; returns a dictionary for each that is compared to a plain one."""
-    compared_to = {"plain": None, **dict.fromkeys(benchmark.variants, "plain")}
-    if package:
-        compared_to |= {"plain loop": None, "package in loop": "plain loop", "package in fit": "plain"}
-    trainers = {contender: make_trainer(benchmark, contender) for contender in compared_to}
+def measure(name, benchmark, arguments, package, fresh):
+    """Lets the contenders take turns; returns a dictionary of results for each that has a plain one."""
+    plain_of = {"plain": None, **dict.fromkeys(benchmark.variants, "plain")}
+    if package and "ISAAC" in benchmark.variants:
+        plain_of |= {"package in fit": "plain", "plain loop": None, "package in loop": "plain loop"}
+    trainers = {contender: make_trainer(benchmark, contender) for contender in plain_of}
     trainers["plain"](*benchmark.data(1))
     steps = arguments.steps or 1
     while not arguments.steps and trainers["plain"](*benchmark.data(steps)) < 1 / 3:
@@ -338,19 +308,19 @@ def measure(name, benchmark, arguments, fresh=None, package=False):
         for contender in list(trainers)[:: 1 if turn % 2 else -1]:
             milliseconds[contender].append(1000 * trainers[contender](*data) / steps)
     results = []
-    for contender, baseline in compared_to.items():
-        if baseline:
-            plain, ours = milliseconds[baseline], milliseconds[contender]
-            result = {"model": name, "contender": contender, "steps": steps}
-            result |= {"plain_ms": quartiles(plain), "captured_ms": quartiles(ours)}
-            # Neighbors in time, which a busy machine slows alike.
-            result["ratio"] = quartiles([b / a for a, b in zip(plain, ours, strict=True)])
-            result["added_ms"] = result["captured_ms"][1] - result["plain_ms"][1]
-            result["floor"] = benchmark.floor(contender if contender in benchmark.variants else "ISAAC")
-            measured = fresh and baseline == "plain" and contender in fresh
-            for key, place in (("first_step_s", 0), ("memory_mb", 1)):
-                result[key] = [fresh["plain"][place], fresh[contender][place]] if measured else None
-            results.append(result)
+    for contender, baseline in plain_of.items():
+        if baseline is None:
+            continue
+        plain, captured = milliseconds[baseline], milliseconds[contender]
+        result = {"model": name, "contender": contender, "steps": steps}
+        result |= {"plain_ms": quartiles(plain), "captured_ms": quartiles(captured)}
+        # Pairs are neighbors in time, which a busy machine slows alike.
+        result["ratio"] = quartiles([ours / theirs for ours, theirs in zip(captured, plain, strict=True)])
+        result["added_ms"] = result["captured_ms"][1] - result["plain_ms"][1]
+        result["floor"] = benchmark.floor(contender if contender in benchmark.variants else "ISAAC")
+        pairs = zip(fresh["plain"], fresh[contender], strict=True) if contender in fresh else (None, None)
+        result |= dict(zip(("first_step_s", "memory_mb"), pairs, strict=True))
+        results.append(result)
     return results
 
 
@@ -360,55 +330,54 @@ def quartiles(values):
 
 
 def print_table(results, title):
-    """Prints a line for each result."""
-    from rich.console import Console
-    from rich.table import Table
+    """Prints two lines for each result: medians, and under them the quartiles, or the change."""
+    from rich import box, console, table
 
-    table = Table(title=title, caption="median (quartiles); first step and memory: plain → captured")
+    lines = table.Table(title=title, box=box.SIMPLE_HEAD, caption="first step and peak memory: plain → captured")
     for column in ("model", "contender"):
-        table.add_column(column)
-    for column in ("plain ms a step", "ms a step", "ratio", "added ms", "floor", "first step, s", "peak memory, MB"):
-        table.add_column(column, justify="right")
+        lines.add_column(column)
+    for column in ("plain ms", "captured ms", "ratio", "added ms", "floor", "first step, s", "peak memory, MB"):
+        lines.add_column(column, justify="right")
     for result in results:
-        low, median, high = zip(*(result[key] for key in ("plain_ms", "captured_ms", "ratio")), strict=True)
-        cells = [f"{m:.2f} ({a:.2f} to {b:.2f})" for a, m, b in zip(low, median, high, strict=True)]
+        cells = []
+        for key in ("plain_ms", "captured_ms", "ratio"):
+            digits = 3 if key == "ratio" else 0 if result[key][1] > 100 else 2
+            low, median, high = (f"{value:.{digits}f}" for value in result[key])
+            cells.append(f"{median}\n({low} to {high})")
         cells += [f"{result['added_ms']:.2f}", f"{result['floor']:.3f}"]
-        for key, form in (("first_step_s", ".2f"), ("memory_mb", ".0f")):
-            plain, ours = result[key] or (None, None)
-            cells.append(f"{plain:{form}} → {ours:{form}} ({100 * (ours / plain - 1):+.1f} %)" if plain else "")
-        table.add_row(result["model"], result["contender"], *cells)
-    Console(width=max(150, Console().width)).print(table)
+        for key, digits in (("first_step_s", 2), ("memory_mb", 0)):
+            plain, captured = result[key] or (1, 1)
+            cells.append(f"{plain:.{digits}f} → {captured:.{digits}f}\n({captured / plain - 1:+.1%})" if result[key] else "")
+        lines.add_row(result["model"], result["contender"], *cells)
+    console.Console(width=140).print(lines)
 
 
 def save_picture(results, path, title):
     """Saves the ratios, measured and by the floor, against what grows."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise SystemExit("--growth draws with Matplotlib: pip install matplotlib") from None
+    import matplotlib as mpl
+
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     labels = {"width": "width, at batch 60", "batch": "batch, at width 400", "tokens": "tokens, at batch 4 and width 256"}
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
+    colors = {"ISAAC": "#0072b2", "256 rows": "#0072b2", "all rows": "#d55e00"}
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), constrained_layout=True)
     for axis, (quantity, label) in zip(axes, labels.items(), strict=True):
-        for contender, color in (("ISAAC", "C0"), ("256 rows", "C0"), ("all rows", "C1")):
-            points = [(*r["model"].split(), r) for r in results if r["contender"] == contender]
-            points = [(int(value), r["ratio"], r["floor"]) for name, value, r in points if name == quantity]
-            if points:
-                values, ratios, floors = zip(*points, strict=True)
-                low, median, high = zip(*ratios, strict=True)
-                axis.fill_between(values, low, high, color=color, alpha=0.2, linewidth=0)
-                axis.plot(values, median, "o-", color=color, markersize=4, label=f"{contender}, measured")
-                axis.plot(values, floors, "--", color=color, label=f"{contender}, floor")
+        chosen = [result for result in results if result["model"].startswith(quantity)]
+        for contender in dict.fromkeys(result["contender"] for result in chosen):
+            line = [result for result in chosen if result["contender"] == contender]
+            values, color = [int(result["model"].split()[1]) for result in line], colors[contender]
+            axis.plot(values, [result["ratio"][1] for result in line], "o-", color=color, markersize=4, label=contender)
+            axis.plot(values, [result["floor"] for result in line], "--", color=color, label=f"{contender}, floor")
         axis.set_xscale("log", base=2)
         axis.set_xticks(values, values)
-        axis.set(xlabel=label, ylim=(0.9, None))
+        axis.set(xlabel=label)
+        axis.margins(y=0.2)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    axes[0].set(ylabel="captured / plain step")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=80)
+        axis.legend(frameon=False, fontsize="small")
+    axes[0].set(ylabel="captured step / plain step")
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=72)
     print(f"saved {path}")
 
 
@@ -418,34 +387,31 @@ def main():
     if arguments.backend:
         # Keras fixes its backend when it is imported.
         os.environ["KERAS_BACKEND"] = arguments.backend
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    benchmarks = {name: MODELS[name] for name in arguments.models}
-    if arguments.growth:
-        benchmarks = {f"{quantity} {value}": each for quantity, row in GROWTH.items() for value, each in row.items()}
+    if arguments.growth and not importlib.util.find_spec("matplotlib"):
+        raise SystemExit("--growth draws with Matplotlib, which is not installed: pip install matplotlib")
+    benchmarks = GROWTH if arguments.growth else {name: MODELS[name] for name in arguments.models}
     fresh = {}
-    if arguments.processes and not arguments.growth:
-        # Before this process grows: a child's peak begins at the size of its parent.
+    if not arguments.growth and arguments.processes:
+        # Before Keras is imported here: Linux counts a process's peak from the size of its parent.
         for name in benchmarks:
             print(f"{name}: first step and memory", flush=True)
             fresh[name] = measure_in_processes(name, arguments.processes)
     import keras
 
-    gpu = find_gpu()
     package = keras.backend.backend() == "torch" and not arguments.growth
     if package and not importlib.util.find_spec("isaac"):
         package = False
-        print("The authors' package is not installed (pip install isaac): left out.")
+        print("The authors' package is left out: it is not installed (pip install isaac).")
     results = []
     for name, benchmark in benchmarks.items():
-        print(f"{name}: taking turns", flush=True)
-        results += measure(name, benchmark, arguments, fresh.get(name), package and "ISAAC" in benchmark.variants)
-    device = gpu[0] if gpu else f"{os.cpu_count()} CPU cores"
-    title = f"Keras {keras.version()}, {keras.backend.backend()}, {device}"
+        print(f"{name}: time of a step", flush=True)
+        results += measure(name, benchmark, arguments, package, fresh.get(name, {}))
+    device, _, _ = find_device()
+    title = f"The cost of a captured step: Keras {keras.version()}, {keras.backend.backend()}, {device}"
     print_table(results, title)
     if arguments.json:
-        record = {"backend": keras.backend.backend(), "device": device, "keras": keras.version()}
-        record |= {"repetitions": arguments.repetitions, "results": results}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        record = {"backend": keras.backend.backend(), "keras": keras.version(), "device": device}
+        arguments.json.write_text(json.dumps({**record, "results": results}, indent=1) + "\n")
     if arguments.growth:
         save_picture(results, arguments.growth, title)
 

@@ -1,11 +1,15 @@
 """The examples run as a newcomer runs them, on small settings."""
 
+import importlib.util
+import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -40,3 +44,64 @@ def test_digits_says_what_data_it_takes(tmp_path):
 def test_custom_loop_learns(tmp_path):
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", run("custom_loop.py", "--steps", 21, cwd=tmp_path))]
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.fixture(scope="module")
+def overhead():
+    spec = importlib.util.spec_from_file_location("overhead", EXAMPLES / "overhead.py")
+    module = sys.modules["overhead"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["overhead"]
+
+
+def test_overhead_prints_and_saves_what_it_measured(tmp_path):
+    arguments = ("--models", "mlp-100", "--repetitions", 2, "--steps", 2, "--json", "overhead.json")
+    output = run("overhead.py", *arguments, cwd=tmp_path)
+    record = json.loads((tmp_path / "overhead.json").read_text())
+    assert record["backend"] == keras.backend.backend()
+    results = {result["contender"]: result for result in record["results"]}
+    with_package = keras.backend.backend() == "torch" and importlib.util.find_spec("isaac")
+    assert list(results) == ["ISAAC", *(["package in fit", "package in loop"] if with_package else [])]
+    for contender, result in results.items():
+        assert result["model"] == "mlp-100"
+        assert result["steps"] == 2
+        for low, median, high in (result["plain_ms"], result["captured_ms"], result["ratio"]):
+            assert 0 < low <= median <= high
+        assert math.isclose(result["added_ms"], result["captured_ms"][1] - result["plain_ms"][1])
+        for key in ("first_step_s", "memory_mb"):
+            assert result[key] is None if "package" in contender else min(result[key]) > 0
+        assert re.search(rf"mlp-100 +{contender} .* {result['added_ms']:.2f} +1\.455 ", output), output
+
+
+def test_overhead_has_the_floors_of_the_arithmetic(overhead):
+    """Worked out by hand from the forms of the conditioner."""
+    floors = {
+        f"{name}, {variant}": round(each.floor(variant), 2 if each.floor(variant) > 1.01 else 3)
+        for name, each in overhead.MODELS.items()
+        for variant in each.variants
+    }
+    assert floors == {
+        "mlp-100, ISAAC": 1.45,
+        "mlp-400, ISAAC": 1.12,
+        "mlp-1600, ISAAC": 1.03,
+        "mlp-6400, ISAAC": 1.007,
+        "autoencoder, ISAAC": 1.06,
+        "transformer, 256 rows": 1.10,
+        "transformer, all rows": 1.84,
+        "cnn, 256 rows": 1.03,
+        "cnn, all rows": 3.58,
+    }
+
+
+@pytest.mark.parametrize("name", ["mlp-400", "autoencoder", "transformer", "cnn", "tokens 16"])
+def test_overhead_counts_the_products_of_the_model(overhead, name):
+    benchmark = (overhead.MODELS | overhead.GROWTH)[name]
+    products = []
+    for layer in benchmark.build().layers:
+        rows = benchmark.batch * math.prod(layer.output.shape[1:-1])
+        for kernel in (weight.shape for weight in layer.trainable_variables if weight.name == "kernel"):
+            # Of the kernels of three axes, those of attention, as wide as it is long: [in, heads, out] or [heads, in, out].
+            num_in = math.isqrt(math.prod(kernel)) if len(kernel) == 3 else math.prod(kernel[:-1])
+            products.append((rows, num_in, math.prod(kernel) // num_in))
+    assert sorted(products) == sorted(benchmark.products)
