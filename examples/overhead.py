@@ -268,7 +268,7 @@ def make_torch_loop(benchmark, contender):
 
 
 def measure_first_step(name, contender):
-    """Returns the seconds to the end of the first step, and the peak memory of a few in MB."""
+    """Returns the seconds to the end of the first step, and the peak memory of a few in MB, compilation included."""
     # What the framework sets up once is no part of it.
     make_trainer(dense((2, 2), 1), "plain")(*dense((2, 2), 1).data(1))
     train, data = make_trainer(MODELS[name], contender), MODELS[name].data(1)
@@ -330,20 +330,20 @@ def quartiles(values):
 
 
 def print_table(results, title):
-    """Prints two lines for each result: medians, and under them the quartiles, or the change."""
+    """Prints two lines for each result: medians, and below them quartiles or the change."""
     from rich import box, console, table
 
     lines = table.Table(title=title, box=box.SIMPLE_HEAD, caption="first step and peak memory: plain → captured")
     for column in ("model", "contender"):
-        lines.add_column(column)
+        lines.add_column(column, no_wrap=True)
     for column in ("plain ms", "captured ms", "ratio", "added ms", "floor", "first step, s", "peak memory, MB"):
-        lines.add_column(column, justify="right")
+        lines.add_column(column, justify="right", no_wrap=True)
     for result in results:
         cells = []
         for key in ("plain_ms", "captured_ms", "ratio"):
             digits = 3 if key == "ratio" else 0 if result[key][1] > 100 else 2
             low, median, high = (f"{value:.{digits}f}" for value in result[key])
-            cells.append(f"{median}\n({low} to {high})")
+            cells.append(f"{median}\n({low}-{high})")
         cells += [f"{result['added_ms']:.2f}", f"{result['floor']:.3f}"]
         for key, digits in (("first_step_s", 2), ("memory_mb", 0)):
             plain, captured = result[key] or (1, 1)
