@@ -9,6 +9,8 @@ venv=${KERAS_ISAAC_VENV:-.venv}
 # PyTorch first and by its exact version: its build for the CPU where the machine's index offers one.
 "$venv/bin/pip" install --quiet --disable-pip-version-check "torch==2.13.0"
 "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e ".[jax,tensorflow,torch,test]"
+# KerasHub without its dependencies: it asks for the whole of TensorFlow, which does not go beside tensorflow-cpu.
+"$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt --no-deps keras-hub regex sentencepiece tokenizers
 
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
