@@ -57,3 +57,25 @@ def assert_close(actual, expected, tolerance=1e-6):
 def assert_differ(actual, expected, at_least=1e-4):
     """Some weight differs by more than rounding."""
     assert max(np.abs(ours - theirs).max() for ours, theirs in zip(actual, expected, strict=True)) > at_least
+
+
+def sequence_network(length=6, vocabulary=7, outputs=3, seed=0):
+    """An embedding, a convolution, attention and two dense layers, whose weights are the same on every backend."""
+    tokens = keras.Input((length,), dtype="int32")
+    x = keras.layers.Embedding(vocabulary, 4)(tokens)
+    x = keras.layers.Conv1D(6, 3, padding="same", activation="tanh")(x)
+    x = keras.layers.MultiHeadAttention(2, 3)(x, x)
+    x = keras.layers.Dense(5, activation="tanh")(x)
+    model = keras.Model(tokens, keras.layers.Dense(outputs)(keras.layers.GlobalAveragePooling1D()(x)))
+    random = np.random.default_rng(seed)
+    for weight in model.trainable_variables:
+        weight.assign(random.normal(size=weight.shape) / np.sqrt(weight.shape[0]))
+    return model
+
+
+def sequences(num=48, length=6, vocabulary=7, outputs=3, seed=0):
+    """Tokens, and targets in [-1, 1]."""
+    random = np.random.default_rng(seed)
+    return random.integers(0, vocabulary, (num, length)).astype("int32"), random.uniform(-1, 1, (num, outputs)).astype(
+        "float32"
+    )
