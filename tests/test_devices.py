@@ -37,14 +37,18 @@ def start(function, *arguments, **environment):
     )
 
 
-def finish(process):
-    """Waits for the process, and returns what it printed."""
+def finish(*processes):
+    """Waits for the processes, and returns what each printed."""
+    results = []
     try:
-        output, errors = process.communicate(timeout=300)
+        for process in processes:
+            output, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+            results.append(json.loads(output.splitlines()[-1]))
     finally:
-        process.kill()
-    assert process.returncode == 0, errors
-    return json.loads(output.splitlines()[-1])
+        for process in processes:
+            process.kill()
+    return results
 
 
 def numpy_training(width, num_replicas):
@@ -176,7 +180,8 @@ def jax_results(tmp_path_factory):
         f"--xla_force_host_platform_device_count=4 --xla_dump_to={dumps} --xla_dump_hlo_as_text "
         "--xla_dump_hlo_module_re=jit_train_step"
     )
-    return finish(start("jax_distributions", dumps, XLA_FLAGS=flags))
+    (results,) = finish(start("jax_distributions", dumps, XLA_FLAGS=flags))
+    return results
 
 
 needs_jax = pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is JAX's")
@@ -249,7 +254,8 @@ def tensorflow_mirrored(network):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's strategy")
 @each_network
 def test_mirrored_replicas_condition_on_their_own_rows(network):
-    assert_replicas_average(finish(start("tensorflow_mirrored", network)), network, 2)
+    (actual,) = finish(start("tensorflow_mirrored", network))
+    assert_replicas_average(actual, network, 2)
 
 
 # PyTorch: a process a device, whose gradients are averaged while the backward pass runs.
@@ -287,7 +293,7 @@ def test_distributed_processes_condition_on_their_own_rows(network):
     # The processes meet at a store of this one, which outlives them.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [start("torch_distributed", network, rank, store.port, GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)]
-    one, other = (finish(process) for process in processes)
+    one, other = finish(*processes)
     assert one == other
     assert_replicas_average(one, network, 2)
 
