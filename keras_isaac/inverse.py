@@ -135,4 +135,15 @@ else:
         import jax
 
         # Outside a compiled step, the loop would be traced again at each call.
-        _inverse = jax.jit(gauss_jordan)
+        _jitted_gauss_jordan = jax.jit(gauss_jordan)
+
+        def _inverse(matrix):
+            # Every device inverts it all. Split over devices, the elimination would cross them for every pivot.
+            return _on_every_device(_jitted_gauss_jordan(_on_every_device(matrix)))
+
+        def _on_every_device(matrix):
+            distribution = keras.distribution.distribution()
+            if distribution is None:
+                return matrix
+            layout = keras.distribution.TensorLayout([None] * len(matrix.shape), distribution.device_mesh)
+            return keras.distribution.distribute_tensor(matrix, layout)

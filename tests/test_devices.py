@@ -222,7 +222,6 @@ def test_jax_devices_send_the_curvature_where_features_are_few(jax_results):
 
 
 @needs_jax
-@pytest.mark.xfail(reason="XLA shards the elimination by its rows, and crosses devices for each of them", strict=True)
 @pytest.mark.parametrize(("kind", "width"), [("data", 32), ("model", 8), ("model", 32)])
 def test_jax_devices_send_rows_and_their_products_once_where_rows_are_few(jax_results, kind, width):
     """Beside the gradients of the plain step: `[rows, in]`, `[rows, rows]` and `[rows, out]` a layer, and scalars."""
