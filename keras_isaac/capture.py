@@ -80,6 +80,7 @@ class _Selection:
         layers = list(walk(model))
         by_path = any(isinstance(rule, str) for rule in (*(self.include or ()), *(self.exclude or ())))
         for layer, containers in layers:
+            _keep_scope(layer)
             included = _matching(self.include, layer, containers)
             excluded = _matching(self.exclude, layer, containers)
             matched |= included | excluded
@@ -204,6 +205,7 @@ def _capture(layer):
         return False
     if "call" not in vars(layer):
         layer.call = types.MethodType(_captured_call, layer)
+        _keep_scope(layer)
     # Somebody else's `call` on the instance is not the layer that the adapter knows.
     return is_captured(layer)
 
@@ -230,6 +232,18 @@ def _captured_call(layer, *args, **kwargs):
             with scope.opened(optimizer.conditioning_of_step()):
                 return _captured_call(layer, *args, **kwargs)
     return type(layer).call(layer, *args, **kwargs)
+
+
+def _keep_scope(layer):
+    """Has this layer recomputed in the scope of its forward pass, if a `keras.RematScope` says that it is to be recomputed."""
+    if "rematerialized_call" not in vars(layer):
+        layer.rematerialized_call = types.MethodType(_rematerialized_call, layer)
+
+
+def _rematerialized_call(layer, layer_call, *args, **kwargs):
+    # The backward pass may run after the scope is closed, or in a thread of its own. And JAX remembers a trace by its function:
+    # a captured layer's `call` is the same one every time, where Keras' is a new bound method, and so needs a new one here.
+    return type(layer).rematerialized_call(layer, scope.kept(layer_call), *args, **kwargs)
 
 
 def _find_models(layer):

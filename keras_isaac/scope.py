@@ -7,6 +7,7 @@ A training step opens the scope; captured layers look into it. It is kept per th
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,21 @@ def opened(conditioning):
         yield
     finally:
         _open_scopes.reset(token)
+
+
+def kept(function):
+    """Returns `function`, run in the scope that is open now, also where it is called after the scope is closed."""
+    scopes = _open_scopes.get()
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        token = _open_scopes.set(scopes)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _open_scopes.reset(token)
+
+    return run
 
 
 def is_open():
