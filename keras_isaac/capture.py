@@ -15,6 +15,11 @@ from keras_isaac import scope
 from keras_isaac.layers import adapter_of, supported_kinds
 from keras_isaac.optimizer import isaacs_in
 
+_IS_NNX = keras.backend.backend() == "jax" and getattr(keras.config, "is_nnx_enabled", bool)()
+# The method in which the scope is opened. In the NNX mode of JAX, Keras calls the `train_step` of the class and passes over
+# that of the instance, but not over what it calls for the loss.
+_STEP = "compute_loss_and_updates" if _IS_NNX else "train_step"
+
 # Layers that were captured by themselves, and of which no model is known yet.
 _without_model = weakref.WeakSet()
 
@@ -141,19 +146,23 @@ def _capture_class(model_class, include, exclude):
 
 def _open_in(model):
     """Has the training step of this instance open the scope, once; returns the list of its selections."""
-    selections = getattr(model.train_step, "keras_isaac_selections", None)
+    plain_step, plain_make = getattr(model, _STEP), model.make_train_function
+    selections = getattr(plain_step, "keras_isaac_selections", None)
     if selections is not None:
         return selections
     selections = []
-    plain_step, plain_make = model.train_step, model.make_train_function
-    model.train_step = _opening(model, plain_step, selections)
+    setattr(model, _STEP, _opening(model, plain_step, selections))
 
     @functools.wraps(plain_make)
     def make_train_function(force=False):
         if force or model.train_function is None:
             # JAX remembers what it compiled by the function: with the same one, a change of the layers or of the loss would
             # not reach the compiled step.
-            model.train_step = _opening(model, plain_step, selections)
+            setattr(model, _STEP, _opening(model, plain_step, selections))
+            if _IS_NNX and model.built:
+                # NNX lets nobody change a layer inside of a traced step.
+                for selection in selections:
+                    selection.apply(model)
         return plain_make(force=force)
 
     model.make_train_function = make_train_function
@@ -168,11 +177,12 @@ def _opening(model, plain_step, selections):
     def train_step(*args, **kwargs):
         nonlocal is_first
         optimizers = isaacs_in(model.optimizer)
-        if not optimizers:
+        if not optimizers or (_IS_NNX and kwargs.get("optimizer_variables") is None):
             return plain_step(*args, **kwargs)
         if is_first:
-            if not model.built:
+            if not model.built and type(model).call is not keras.Model.call:
                 # TensorFlow builds a model in its first step: do so before it, so that the layers are there to be captured.
+                # A model that has no `call` is one of built models, and of a `train_step` of its own.
                 model(keras.utils.unpack_x_y_sample_weight(args[-1] if args else kwargs["data"])[0])
             for selection in selections:
                 selection.apply(model)
@@ -182,8 +192,8 @@ def _opening(model, plain_step, selections):
             model.optimizer.build(model.trainable_variables)
         state_mapping = []
         if keras.backend.backend() == "jax":
-            state = args[0] if args else kwargs["state"]
-            state_mapping = list(zip(model.optimizer.variables, state[2], strict=True))
+            values = kwargs["optimizer_variables"] if _IS_NNX else (args[0] if args else kwargs["state"])[2]
+            state_mapping = list(zip(model.optimizer.variables, values, strict=True))
         with contextlib.ExitStack() as stack:
             for optimizer in optimizers:
                 stack.enter_context(scope.opened(optimizer.conditioning_of_step(state_mapping, model.optimizer)))
