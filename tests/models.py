@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import oracle
 from harness import to_numpy
 
 
@@ -21,9 +22,15 @@ def mlp(features=6, outputs=3, width=8, seed=0, **kwargs):
             keras.layers.Dense(outputs, name="head", **kwargs),
         ]
     )
+    return with_random_weights(model, seed)
+
+
+def with_random_weights(model, seed=0):
+    """The model, its trainable weights drawn in a way that is the same on every backend."""
     random = np.random.default_rng(seed)
     for weight in model.trainable_variables:
-        weight.assign(random.normal(size=weight.shape) / np.sqrt(weight.shape[0]))
+        num_inputs = np.prod(weight.shape[:-1]) if len(weight.shape) > 1 else weight.shape[0]
+        weight.assign(random.normal(size=weight.shape) / np.sqrt(num_inputs))
     return model
 
 
@@ -79,3 +86,34 @@ def sequences(num=48, length=6, vocabulary=7, outputs=3, seed=0):
     return random.integers(0, vocabulary, (num, length)).astype("int32"), random.uniform(-1, 1, (num, outputs)).astype(
         "float32"
     )
+
+
+def oracle_fit(model, batches, learning_rate, damping, conditioned=None, **compile_options):
+    """Trains by SGD with gradients that NumPy conditions in float64; returns the trainable weights.
+
+    Keras computes the plain gradient of each batch, as the difference that one step of plain SGD makes. Then it is conditioned
+    on the inputs of its layer, which is a `Dense` that is called once.
+
+    Args:
+        model: a functional model, not captured; it is trained.
+        batches: list of keyword arguments of `train_on_batch`.
+        learning_rate: of SGD.
+        damping: float.
+        conditioned: names of the layers to condition. Defaults to `None`: all `Dense` that are trainable.
+        **compile_options: loss and more.
+    """
+    model.compile(optimizer=keras.optimizers.SGD(1.0), **compile_options)
+    dense = [layer for layer in model.layers if isinstance(layer, keras.layers.Dense)]
+    if conditioned is not None:
+        dense = [layer for layer in dense if layer.name in conditioned]
+    inputs = model.inputs if len(model.inputs) > 1 else model.inputs[0]
+    for batch in batches:
+        rows = {id(layer.kernel): keras.Model(inputs, layer.input).predict_on_batch(batch["x"]) for layer in dense}
+        before = weights(model)
+        model.train_on_batch(**batch)
+        for weight, start, end in zip(model.trainable_variables, before, weights(model), strict=True):
+            step = start - end
+            if id(weight) in rows:
+                step = oracle.condition(rows[id(weight)], step, damping)
+            weight.assign(start - learning_rate * step)
+    return weights(model)

@@ -1,0 +1,663 @@
+"""What Keras users have running: precisions, ways to compile and ways to train. Capturing the model is not what stops them.
+
+Each run is compared with one that was computed by another route: in NumPy, without capturing, or in another mode.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import oracle
+import pytest
+from cases import CASES, data, expected_gradient
+from harness import BACKEND, jit, run, to_numpy
+from keras import layers, ops
+from keras.optimizers import SGD, Adam, LossScaleOptimizer
+from models import assert_close, assert_differ, fit, mlp, oracle_fit, regression, trained, weights, with_random_weights
+from oracle import relative_error
+from test_loops import custom_loop
+from test_training import numpy_training
+
+from keras_isaac import ISAAC, capture_inputs, kernel_status
+
+# At this damping the conditioned gradient is the plain one.
+HUGE = 1e8
+
+
+def batches(size=16, **arrays):
+    """The batches of `fit`, as arguments of `train_on_batch`."""
+
+    def part(start):
+        return keras.tree.map_structure(lambda array: array[start : start + size], arrays)
+
+    return [part(start) for start in range(0, len(keras.tree.flatten(arrays)[0]), size)]
+
+
+# Precision.
+
+
+@pytest.fixture
+def _policy_restored():
+    before = keras.config.dtype_policy()
+    yield
+    keras.config.set_dtype_policy(before)
+
+
+@pytest.fixture
+def _float64():
+    """JAX has float64 only where the process enables it."""
+    if BACKEND == "jax":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+    yield
+    if BACKEND == "jax":
+        jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("_policy_restored")
+@pytest.mark.parametrize("wrapped", ["by hand", "by compile"])
+def test_mixed_float16_skips_steps_that_overflow_halves_the_scale_and_goes_on(wrapped):
+    inputs, targets = regression(16)
+    float32 = capture_inputs(mlp())
+    float32.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    keras.config.set_dtype_policy("mixed_float16")
+    model, isaac = capture_inputs(mlp()), ISAAC(damping=0.1)
+    model.compile(optimizer=LossScaleOptimizer(isaac) if wrapped == "by hand" else isaac, loss="mse")
+    assert type(model.optimizer) is LossScaleOptimizer
+    model.optimizer.build(model.trainable_variables)
+    # Scaled by this much, the gradient of the output is above the largest float16.
+    model.optimizer.dynamic_scale.assign(2.0**23)
+    scales, num_steps = [2.0**23], 12
+    for _ in range(num_steps):
+        before = weights(model)
+        model.train_on_batch(inputs, targets)
+        scales.append(float(to_numpy(model.optimizer.dynamic_scale)))
+        if scales[-1] == scales[-2]:
+            assert_differ(weights(model), before)
+            float32.train_on_batch(inputs, targets)
+        else:
+            assert scales[-1] == scales[-2] / 2
+            assert_close(weights(model), before, 0)
+    num_skipped = int(np.log2(scales[0] / scales[-1]))
+    assert 2 <= num_skipped <= 8
+    assert int(to_numpy(isaac.iterations)) == num_steps - num_skipped
+    assert_close(weights(model), weights(float32), 5e-3)
+
+
+# A few roundoffs of what the layer computes in.
+TOLERANCES = {"mixed_float16": 2e-3, "mixed_bfloat16": 1.6e-2, "float64": 1e-12}
+
+
+@pytest.mark.usefixtures("_policy_restored", "_float64")
+@pytest.mark.parametrize("policy", TOLERANCES)
+@pytest.mark.parametrize("shape", [(4, 7), (11, 7)], ids=str)
+def test_the_conditioner_computes_in_float32_or_better(policy, shape):
+    keras.config.set_dtype_policy(policy)
+    random, dtype = np.random.default_rng(0), keras.config.dtype_policy().compute_dtype
+    # What the layer would round is rounded here.
+    inputs, cotangent = (to_numpy(ops.cast(random.normal(size=size), dtype)) for size in (shape, (shape[0], 5)))
+    layer = capture_inputs(layers.Dense(5))
+    given = inputs if dtype == "float64" else inputs.astype("float32")
+    # The smaller damping is lost in a sum of float16 or bfloat16.
+    for damping in (1.0, 2.0**-13):
+        actual = run(layer, given, cotangent, ISAAC(damping=damping), compiled=True)
+        expected = oracle.conditioned_gradient(inputs, cotangent, damping)
+        assert relative_error(actual.gradients[0], expected) < TOLERANCES[policy]
+
+
+KINDS = ("dense-sequence", "einsum-groups", "conv2d-groups", "reversible-embedding")
+
+
+@pytest.mark.usefixtures("_policy_restored", "_float64")
+@pytest.mark.parametrize("policy", ["mixed_float16", "float64"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.id in KINDS], ids=lambda case: case.id)
+def test_every_kind_of_layer_in_every_precision(case, policy):
+    keras.config.set_dtype_policy(policy)
+    layer, inputs, cotangent = data(case)
+    if policy == "float64" and inputs.dtype == "float32":
+        inputs = inputs.astype("float64")
+    plain = run(layer, inputs, cotangent, compiled=True)
+    actual = run(capture_inputs(layer), inputs, cotangent, ISAAC(damping=1.0), compiled=True)
+    # Keras' own layers round float64 to float32 here and there, on JAX and PyTorch.
+    tolerance = 1e-6 if policy == "float64" else 2 * TOLERANCES[policy]
+    assert relative_error(actual.outputs, plain.outputs) < tolerance
+    reading = {id(getattr(layer, name)): value for name, value in case.read(layer, inputs).items()}
+    for variable, ours, theirs in zip(layer.trainable_variables, actual.gradients, plain.gradients, strict=True):
+        expected = theirs
+        if id(variable) in reading:
+            expected = expected_gradient(*reading[id(variable)], theirs, 1.0)
+            assert relative_error(ours, theirs) > 0.05
+        assert np.linalg.norm(ours - expected) < tolerance * np.linalg.norm(theirs)
+
+
+@pytest.mark.usefixtures("_float64")
+def test_a_run_in_float64_is_numpys():
+    # Powers of two, for Keras keeps the learning rate and the damping in float32.
+    options = {"learning_rate": 0.25, "damping": 2.0**-5, "momentum": 0.5}
+    model = capture_inputs(mlp(dtype="float64"))
+    model.set_weights(mlp().get_weights())
+    model.compile(optimizer=ISAAC(**options), loss=keras.losses.MeanSquaredError(dtype="float64"))
+    fit(model, regression(32), epochs=2)
+    expected = numpy_training(*regression(32), 4, 16, **options)
+    # On the other backends `keras.ops.mean` returns float32, and so do losses.
+    assert_close(weights(model), expected, 1e-14 if BACKEND == "tensorflow" else 1e-7)
+
+
+def test_dtype_policies_of_single_layers():
+    def after(optimizer, capture):
+        hidden = layers.Dense(8, activation="tanh", dtype="mixed_bfloat16")
+        model = keras.Sequential([keras.Input((6,)), hidden, layers.Dense(3, dtype="float32")])
+        model.set_weights(mlp().get_weights())
+        model = capture_inputs(model) if capture else model
+        model.compile(optimizer=optimizer, loss="mse")
+        fit(model, regression())
+        return weights(model)
+
+    inputs, targets = regression()
+    isaac, plain = after(ISAAC(0.1, 0.1), True), after(SGD(0.1), False)
+    assert_close(isaac, oracle_fit(mlp(), batches(x=inputs, y=targets), 0.1, 0.1, loss="mse"), 1e-2)
+    assert_differ(isaac, plain, 5e-2)
+    assert_close(after(ISAAC(0.1, HUGE), True), plain, 1e-2)
+
+
+# Compilation; see also `test_training.py`.
+
+
+def image_model(mode, **options):
+    """Layers with kernels that are to be recomputed, for `"full"` the model too; of no mode, none."""
+    recompute = keras.RematScope(mode=mode, **options) if mode else contextlib.nullcontext()
+    with recompute:
+        conv = layers.Conv2D(8, 3, activation="tanh", name="conv")
+        dense = layers.Dense(8, activation="tanh", name="dense")
+        einsum = layers.EinsumDense("abc,cd->abd", (16, 6), activation="tanh", name="einsum")
+        head = layers.Dense(3, name="head")
+    with recompute if mode == "full" else contextlib.nullcontext():
+        stack = [conv, layers.Reshape((16, 8)), dense, einsum, layers.GlobalAveragePooling1D(), head]
+        model = keras.Sequential([keras.Input((6, 6, 2)), *stack])
+    return with_random_weights(model)
+
+
+@functools.cache
+def remat_run(optimizer, mode, capture, run_eagerly):
+    """Weights after four steps of the image model."""
+    options = {"larger_than": {"output_size_threshold": 60}, "list_of_layers": {"layer_names": ["conv", "einsum", "head"]}}
+    options["only conv"] = {"layer_names": ["conv"]}
+    model = image_model(mode if mode != "only conv" else "list_of_layers", **options.get(mode, {}))
+    model = capture_inputs(model) if capture else model
+    model.compile(optimizer={"sgd": SGD(0.1), "isaac": ISAAC(0.1, damping=0.1)}[optimizer], loss="mse", run_eagerly=run_eagerly)
+    images = np.random.default_rng(1).normal(size=(32, 6, 6, 2)).astype("float32")
+    fit(model, (images, regression(32)[1]), epochs=2)
+    return weights(model)
+
+
+# In a compiled step for TensorFlow, Keras cannot recompute a layer whose `call` takes `training`.
+REMAT = [(mode, BACKEND != "jax") for mode in ("full", "activations", "larger_than", "list_of_layers")]
+REMAT += [("activations", False), ("only conv", False)] if BACKEND == "tensorflow" else []
+
+
+@pytest.mark.parametrize(("mode", "run_eagerly"), REMAT)
+def test_recomputed_layers_train_as_others(mode, run_eagerly):
+    plain = remat_run("sgd", None, False, run_eagerly)
+    assert_close(remat_run("sgd", mode, True, run_eagerly), plain, 1e-5)
+    isaac = remat_run("isaac", mode, True, run_eagerly)
+    assert_close(isaac, remat_run("isaac", None, True, run_eagerly), 1e-5)
+    assert_differ(isaac, plain, 1e-2)
+
+
+@pytest.mark.parametrize("scope", ["layers", "model"])
+def test_recomputed_in_a_loop_whose_backward_pass_comes_after_the_conditioning_scope(scope, request):
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.run_functions_eagerly(True)
+        request.addfinalizer(lambda: tf.config.run_functions_eagerly(False))
+
+    def after(mode, mode_of_model):
+        with keras.RematScope(mode=mode):
+            stack = [layers.Dense(8, activation="tanh"), layers.Dense(3)]
+        with keras.RematScope(mode=mode_of_model):
+            model = keras.Sequential([keras.Input((6,)), *stack])
+        model.set_weights(mlp().get_weights())
+        train = getattr(custom_loop, f"train_{BACKEND}")
+        train(capture_inputs(model), ISAAC(damping=0.1), keras.losses.MeanSquaredError(), *regression(16), 3)
+        return weights(model)
+
+    assert_close(after("full" if scope == "layers" else None, "full" if scope == "model" else None), after(None, None))
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="NNX is JAX's")
+@pytest.mark.skipif(importlib.util.find_spec("flax") is None, reason="the NNX mode of Keras needs flax")
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=["compiled", "eager"])
+def test_nnx_mode(options):
+    script = (
+        "import json, sys, keras; from keras_isaac import ISAAC, capture_inputs; from models import trained\n"
+        "assert keras.config.is_nnx_enabled()\n"
+        "options = json.loads(sys.argv[1])\n"
+        "result = trained(ISAAC(damping=0.1, momentum=0.9), capture_inputs, None, options)\n"
+        "print(json.dumps([w.tolist() for w in result]))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, json.dumps(options)]
+    environment = {**os.environ, "KERAS_NNX_ENABLED": "true"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    actual = [np.asarray(weight) for weight in json.loads(result.stdout.splitlines()[-1])]
+    assert_close(actual, trained(ISAAC(damping=0.1, momentum=0.9), capture_inputs, None, options))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "torch", reason="torch.compile")
+@pytest.mark.filterwarnings("ignore")
+def test_torch_compile_conditions_every_kind_of_product_as_eager_does():
+    def after(optimizer, jit_compile):
+        tokens = keras.Input((12,), dtype="int32")
+        hidden = layers.Conv1D(6, 3, activation="tanh")(layers.Embedding(20, 8)(tokens))
+        hidden = layers.EinsumDense("abc,cde->abde", (None, 2, 4), activation="tanh")(hidden)
+        hidden = layers.GlobalAveragePooling1D()(layers.Reshape((10, 8))(hidden))
+        model = capture_inputs(with_random_weights(keras.Model(tokens, layers.Dense(3)(hidden))))
+        model.compile(optimizer=optimizer, loss="mse", jit_compile=jit_compile)
+        inputs = np.random.default_rng(0).integers(0, 20, size=(8, 12)).astype("int32")
+        for _ in range(3):
+            model.train_on_batch(inputs, regression(8)[1])
+        return weights(model)
+
+    eager = after(ISAAC(0.3, damping=0.1), False)
+    assert_close(after(ISAAC(0.3, damping=0.1), True), eager, 1e-4)
+    for conditioned, plain in zip(eager, after(SGD(0.3), False), strict=True):
+        if conditioned.ndim > 1:
+            assert_differ([conditioned], [plain], 1e-3)
+
+
+# Training set-ups.
+
+
+def branching():
+    """Two inputs, two outputs, a trunk; random weights."""
+    inputs = [keras.Input((6,), name="left"), keras.Input((4,), name="right")]
+    trunk = layers.Concatenate()([layers.Dense(5, activation="tanh", name="l")(inputs[0]), inputs[1]])
+    trunk = layers.Dense(24, activation="tanh", name="trunk")(trunk)
+    outputs = {"value": layers.Dense(3, name="value")(trunk), "kind": layers.Dense(4, name="kind")(trunk)}
+    return with_random_weights(keras.Model(inputs, outputs))
+
+
+def branching_data(num=32):
+    random = np.random.default_rng(1)
+    inputs = [random.normal(size=(num, size)).astype("float32") for size in (6, 4)]
+    return inputs, {"value": np.tanh(inputs[0][:, :3]), "kind": random.integers(0, 4, size=num)}
+
+
+LOSSES = {
+    "loss": {"value": "mse", "kind": keras.losses.SparseCategoricalCrossentropy(from_logits=True)},
+    "loss_weights": {"value": 2.0, "kind": 0.5},
+}
+
+
+def test_several_inputs_and_outputs_with_loss_and_sample_weights():
+    inputs, targets = branching_data()
+    sample_weight = {name: np.linspace(0.1, 2, 32).astype("float32") ** power for power, name in enumerate(targets, 1)}
+    model = capture_inputs(branching())
+    model.compile(optimizer=ISAAC(0.3, damping=0.1), **LOSSES)
+    model.fit(inputs, targets, sample_weight=sample_weight, batch_size=16, shuffle=False, verbose=0)
+    steps = batches(x=inputs, y=targets, sample_weight=sample_weight)
+    expected = oracle_fit(branching(), steps, 0.3, 0.1, **LOSSES)
+    assert_close(weights(model), expected, 1e-4)
+
+
+def test_class_weights_and_weighted_rows_of_zero():
+    inputs, targets = regression(32)
+    labels = np.argmax(targets, axis=-1)
+    class_weight = {0: 0.0, 1: 1.0, 2: 3.0}
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(0.3, damping=0.1), loss=loss)
+    fit(model, (inputs, labels), class_weight=class_weight, epochs=2)
+    steps = [{**batch, "class_weight": class_weight} for batch in batches(x=inputs, y=labels)] * 2
+    assert_close(weights(model), oracle_fit(mlp(), steps, 0.3, 0.1, loss=loss), 1e-4)
+
+
+@pytest.mark.parametrize("capture", ["model", "head by rule", "head alone"])
+def test_transfer_learning_and_layers_frozen_and_unfrozen_between_compiles(capture):
+    x, y = regression(32)
+    conditioned = {"head"} if "head" in capture else {"hidden", "head"}
+
+    def phases(model, train):
+        hidden = model.get_layer("hidden")
+        for trainable, rate in ((False, 0.3), (True, 0.1), (False, 0.1)):
+            hidden.trainable = trainable
+            before = to_numpy(hidden.kernel)
+            train(model, rate)
+            assert np.array_equal(to_numpy(hidden.kernel), before) == (not trainable)
+        hidden.trainable = True
+        return weights(model)
+
+    def by_isaac(model, rate):
+        model.compile(optimizer=ISAAC(rate, damping=0.1), loss="mse")
+        fit(model, (x, y))
+
+    def by_oracle(model, rate):
+        names = conditioned if model.get_layer("hidden").trainable else {"head"}
+        oracle_fit(model, batches(x=x, y=y), rate, 0.1, names, loss="mse")
+
+    model = mlp()
+    model.get_layer("hidden").trainable = False
+    if capture == "head alone":
+        capture_inputs(model.get_layer("head"))
+    else:
+        capture_inputs(model, include=".*head" if capture == "head by rule" else None)
+    assert [status.reason for status in kernel_status(model)] == ["frozen", None]
+    actual = phases(model, by_isaac)
+    assert [status.reason for status in kernel_status(model)] == ["not captured" if "head" in capture else None, None]
+    assert_close(actual, phases(mlp(), by_oracle), 1e-4)
+
+
+class Transposed(layers.Layer):
+    """Multiplies by the transposed kernel of another layer."""
+
+    def __init__(self, tied_to):
+        super().__init__()
+        self.tied_to = tied_to
+
+    def call(self, inputs):
+        return ops.matmul(inputs, ops.transpose(self.tied_to.kernel))
+
+
+def test_a_kernel_tied_to_a_layer_that_is_not_captured_is_conditioned_where_it_is():
+    encode = layers.Dense(4, activation="tanh", name="encode")
+    inputs = keras.Input((6,))
+    model = capture_inputs(keras.Model(inputs, Transposed(encode)(encode(inputs))))
+    x = regression(16)[0]
+    kernel = to_numpy(encode.kernel)
+    hidden = np.tanh(x.astype("float64") @ kernel)
+    output_gradient = 2 * (hidden @ kernel.T - x) / x.size
+    hidden_gradient = (output_gradient @ kernel) * (1 - hidden**2)
+    expected = oracle.conditioned_gradient(x, hidden_gradient, 0.1) + output_gradient.T @ hidden
+    model.compile(optimizer=ISAAC(1.0, damping=0.1), loss="mse")
+    model.train_on_batch(x, x)
+    assert relative_error(kernel - to_numpy(encode.kernel), expected) < 1e-4
+
+
+def mean_squared_error(targets, outputs):
+    return ops.mean(ops.square(targets - outputs))
+
+
+class OwnStep:
+    """The `train_step` that Keras' guides have one write, for each backend."""
+
+    @property
+    def network(self):
+        return self
+
+    def train_step(self, *args):
+        return getattr(self, f"step_{BACKEND}")(*args)
+
+    def step_tensorflow(self, data):
+        import tensorflow as tf
+
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = mean_squared_error(y, self.network(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+    def step_torch(self, data):
+        import torch
+
+        x, y = data
+        self.zero_grad()
+        loss = mean_squared_error(y, self.network(x, training=True))
+        loss.backward()
+        gradients = [variable.value.grad for variable in self.trainable_weights]
+        with torch.no_grad():
+            self.optimizer.apply(gradients, self.trainable_weights)
+        return {"loss": loss}
+
+    def step_jax(self, state, data):
+        import jax
+
+        trainable, non_trainable, optimizer_variables, metrics_variables = state
+        x, y = data
+
+        def compute_loss(trainable, non_trainable):
+            y_pred, non_trainable = self.network.stateless_call(trainable, non_trainable, x, training=True)
+            return mean_squared_error(y, y_pred), non_trainable
+
+        (loss, non_trainable), gradients = jax.value_and_grad(compute_loss, has_aux=True)(trainable, non_trainable)
+        trainable, optimizer_variables = self.optimizer.stateless_apply(optimizer_variables, gradients, trainable)
+        return {"loss": loss}, (trainable, non_trainable, optimizer_variables, metrics_variables)
+
+
+@pytest.mark.parametrize("decorated", [False, True], ids=["instance", "decorated"])
+def test_a_subclass_with_a_train_step_of_its_own(decorated):
+    model_class = type("Mine", (OwnStep, keras.Model), {})
+    model_class = capture_inputs(model_class) if decorated else model_class
+    plain = mlp()
+    model = model_class(plain.inputs, plain.outputs)
+    model = model if decorated else capture_inputs(model)
+    model.compile(optimizer=ISAAC(damping=0.1))
+    fit(model, regression(32), epochs=2)
+    assert_close(weights(model), trained(ISAAC(damping=0.1), capture_inputs, regression(32), epochs=2), 1e-5)
+
+
+class WithoutCall(OwnStep, keras.Model):
+    """A model that is there for its `train_step` alone."""
+
+    def __init__(self, network):
+        super().__init__()
+        self._network = network
+        # Backends other than TensorFlow would call it otherwise, captured or not.
+        self.built = BACKEND != "tensorflow"
+
+    @property
+    def network(self):
+        return self._network
+
+
+def test_a_subclass_without_call():
+    model = capture_inputs(WithoutCall(mlp()))
+    model.compile(optimizer=ISAAC(damping=0.1))
+    fit(model, regression(32), epochs=2)
+    assert_close(weights(model), trained(ISAAC(damping=0.1), capture_inputs, regression(32), epochs=2), 1e-5)
+
+
+def gradients_of(function, values):
+    """Gradients of a scalar function of a list of tensors, which can be differentiated again."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.grad(function)(values)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            result = function(values)
+        return tape.gradient(result, values)
+    import torch
+
+    values = [value if value.requires_grad else value.detach().requires_grad_() for value in values]
+    return torch.autograd.grad(function(values), values, create_graph=True)
+
+
+def penalized(of, optimizer, penalty=0.1):
+    """Weights after steps of SGD on a loss with a penalty on its gradient with respect to the inputs or the weights."""
+    inputs, targets = keras.Input((4, 4, 2)), ops.convert_to_tensor(regression(8)[1])
+    hidden = layers.Flatten()(layers.Conv2D(4, 2, activation="tanh")(inputs))
+    model = keras.Model(inputs, layers.Dense(3)(hidden))
+    random = np.random.default_rng(0)
+    values = [ops.convert_to_tensor(random.normal(size=w.shape) / 4, "float32") for w in model.trainable_variables]
+    images = ops.convert_to_tensor(random.normal(size=(8, 4, 4, 2)), "float32")
+    if optimizer is not None:
+        capture_inputs(model)
+        optimizer.build(model.trainable_variables)
+
+    def outputs(values, images):
+        return model.stateless_call(values, [], images, training=True)[0]
+
+    def loss(values):
+        return mean_squared_error(targets, outputs(values, images))
+
+    def penalized_loss(values):
+        if of == "inputs":
+            inner = gradients_of(lambda images: ops.sum(outputs(values, *images)), [images])
+        else:
+            inner = gradients_of(loss, values)
+        return loss(values) + penalty * sum(ops.sum(ops.square(gradient)) for gradient in inner)
+
+    @jit
+    def step(values, optimizer_variables):
+        with contextlib.nullcontext() if optimizer is None else optimizer.conditioning(optimizer_variables):
+            gradients = gradients_of(penalized_loss, values)
+        return [value - 0.1 * gradient for value, gradient in zip(values, gradients, strict=True)]
+
+    for _ in range(3):
+        values = step(values, [] if optimizer is None else [variable.value for variable in optimizer.variables])
+    return [to_numpy(ops.stop_gradient(value)) for value in values]
+
+
+@pytest.mark.parametrize("of", ["inputs", "weights"])
+def test_gradient_penalty(of):
+    plain = penalized(of, None)
+    assert_differ(penalized(of, None, penalty=0.0), plain, 1e-2)
+    assert_close(penalized(of, ISAAC(damping=HUGE)), plain, 1e-5)
+    conditioned = penalized(of, ISAAC(damping=0.1))
+    assert all(np.isfinite(weight).all() for weight in conditioned)
+    assert_differ(conditioned, plain, 1e-2)
+
+
+def adversaries():
+    """A generator and a discriminator."""
+    generator = keras.Sequential([keras.Input((4,)), layers.Dense(8, activation="tanh"), layers.Dense(6)])
+    discriminator = keras.Sequential([keras.Input((6,)), layers.Dense(8, activation="tanh"), layers.Dense(1)])
+    return with_random_weights(generator), with_random_weights(discriminator)
+
+
+def adversarial_losses(generator, discriminator, noise, real):
+    """The discriminator's and the generator's loss."""
+    fake = discriminator(generator(noise, training=True), training=True)
+    real = discriminator(real, training=True)
+    return ops.mean(ops.softplus(-real) + ops.softplus(fake)), ops.mean(ops.softplus(-fake))
+
+
+def play(optimizer, num_rounds=2):
+    """Weights of both after rounds of a loop of one's own; the optimizer is the discriminator's."""
+    models, optimizers = adversaries(), (Adam(0.01), optimizer)
+    random = np.random.default_rng(1)
+    noise, real = (ops.convert_to_tensor(random.normal(size=(8, size)), "float32") for size in (4, 6))
+    variables = [model.trainable_variables for model in models]
+    steps = []
+    for place, (model, each) in enumerate(zip(models, optimizers, strict=True)):
+        capture_inputs(model)
+        each.build(model.trainable_variables)
+
+        @jit
+        def step(values, optimizer_variables, place=place, each=each):
+            def loss(own):
+                mapping = zip(sum(variables, []), own + values[1] if place == 0 else values[0] + own, strict=True)  # noqa: RUF017
+                with keras.StatelessScope(list(mapping)):
+                    return adversarial_losses(*models, noise, real)[1 - place]
+
+            with each.conditioning(optimizer_variables) if isinstance(each, ISAAC) else contextlib.nullcontext():
+                return gradients_of(loss, values[place])
+
+        steps.append(step)
+    after = []
+    for _ in range(num_rounds):
+        for step, each, own in zip(steps, optimizers, variables, strict=True):
+            values = [[variable.value for variable in group] for group in variables]
+            gradients = step(values, [variable.value for variable in each.variables])
+            each.apply([ops.stop_gradient(gradient) for gradient in gradients], own)
+        after.append([weights(model) for model in models])
+    return after
+
+
+def test_a_gan_of_which_the_discriminator_has_isaac():
+    plain, huge, isaac = play(SGD(0.1)), play(ISAAC(0.1, HUGE)), play(ISAAC(0.1, 0.1))
+    for (generator, discriminator), expected in zip(huge, plain, strict=True):
+        assert_close(generator, expected[0], 1e-4)
+        assert_close(discriminator, expected[1], 1e-4)
+    # The generator's gradient comes through the captured discriminator, and is plain: before they have parted, it is the same.
+    assert_close(isaac[0][0], plain[0][0])
+    assert_differ(isaac[0][1], plain[0][1], 1e-2)
+    assert_differ(isaac[-1][0], plain[-1][0])
+
+
+class Gan(keras.Model):
+    """As Keras' guides write it, with two optimizers of its own."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.generator, self.discriminator = adversaries()
+        self.optimizers = Adam(0.01), optimizer
+        self.built = True
+
+    def train_step(self, data):
+        noise, real = data
+        losses = {}
+        for place, model in enumerate((self.generator, self.discriminator)):
+            optimizer, variables = self.optimizers[place], model.trainable_variables
+            conditioning = optimizer.conditioning() if isinstance(optimizer, ISAAC) else contextlib.nullcontext()
+            if BACKEND == "tensorflow":
+                import tensorflow as tf
+
+                with tf.GradientTape() as tape, conditioning:
+                    loss = adversarial_losses(self.generator, self.discriminator, noise, real)[1 - place]
+                gradients = tape.gradient(loss, variables)
+                optimizer.apply(gradients, variables)
+            else:
+                import torch
+
+                self.zero_grad()
+                with conditioning:
+                    loss = adversarial_losses(self.generator, self.discriminator, noise, real)[1 - place]
+                loss.backward()
+                with torch.no_grad():
+                    optimizer.apply([variable.value.grad for variable in variables], variables)
+            losses[model.name] = loss
+        return losses
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="on JAX the state of a train step of Keras holds one optimizer")
+def test_a_gan_in_fit():
+    model = capture_inputs(Gan(ISAAC(0.1, 0.1)))
+    model.compile()
+    random = np.random.default_rng(1)
+    fit(model, [random.normal(size=(8, size)).astype("float32") for size in (4, 6)], epochs=2)
+    expected = play(ISAAC(0.1, 0.1))[-1]
+    for part, theirs in zip((model.generator, model.discriminator), expected, strict=True):
+        assert_close(weights(part), theirs, 1e-4)
+
+
+def classifier(optimizer, capture=True):
+    """A scikit-learn classifier of captured models."""
+    keras.utils.set_random_seed(0)
+
+    def build(X, y):  # noqa: N803
+        model = mlp(features=X.shape[1], outputs=y.shape[1], width=16)
+        model = capture_inputs(model) if capture else model
+        model.compile(optimizer=optimizer(), loss=keras.losses.CategoricalCrossentropy(from_logits=True))
+        return model
+
+    return keras.wrappers.SKLearnClassifier(build, fit_kwargs={"epochs": 10, "batch_size": 16, "verbose": 0, "shuffle": False})
+
+
+def test_scikit_learn_classifier():
+    pytest.importorskip("sklearn")
+    inputs, targets = regression(64)
+    labels = np.argmax(targets, axis=-1)
+
+    def after(*arguments):
+        return weights(classifier(*arguments).fit(inputs, labels).model_)
+
+    plain = after(lambda: SGD(0.3), False)
+    assert_close(after(lambda: ISAAC(0.3, HUGE)), plain, 1e-4)
+    isaac = classifier(lambda: ISAAC(1.0, 0.1)).fit(inputs, labels)
+    assert_differ(weights(isaac.model_), plain, 1e-2)
+    assert isaac.score(inputs, labels) > 0.9
