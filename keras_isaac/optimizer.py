@@ -93,13 +93,17 @@ class ISAAC(keras.optimizers.Optimizer):
         if isinstance(damping, _LearningRateSchedule):
             self._damping = damping
         else:
-            self._damping = self.add_variable(
-                shape=(),
-                initializer=keras.initializers.Constant(float(damping)),
-                dtype=keras.backend.floatx(),
-                aggregation="only_first_replica",
-                name="damping",
-            )
+            with keras.name_scope(self.name):
+                self._damping = keras.Variable(
+                    initializer=keras.initializers.Constant(float(damping)),
+                    shape=(),
+                    dtype=keras.backend.floatx(),
+                    trainable=False,
+                    # Layers read it, and would round it to their compute dtype: 1e-8 is 0 in float16.
+                    autocast=False,
+                    aggregation="only_first_replica",
+                    name="damping",
+                )
 
     @property
     def damping(self):

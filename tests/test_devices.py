@@ -261,26 +261,34 @@ def test_mirrored_replicas_condition_on_their_own_rows(network):
 
 
 def torch_distributed(network, rank, port):
-    """Trains this process's half of each batch in a loop, with Keras' model inside DistributedDataParallel."""
+    """Trains this process's half of each batch, with Keras' model inside DistributedDataParallel."""
     import torch
-    from torch.nn.parallel import DistributedDataParallel
 
     store = torch.distributed.TCPStore("127.0.0.1", int(port), is_master=False)
     torch.distributed.init_process_group("gloo", store=store, rank=int(rank), world_size=2)
-    model, data = network_and_data(network)
+    trained = torch_loop(*network_and_data(network), int(rank))
+    # If the module outlived the group, its destructor could wait for a thread of the group that waits for Python's lock.
+    torch.distributed.destroy_process_group()
+    return trained
+
+
+def torch_loop(model, data, rank):
+    """A training loop; returns the weights."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
     distributed = DistributedDataParallel(capture_inputs(model))
-    optimizer = ISAAC(**OPTIONS)
-    optimizer.build(model.trainable_variables)
-    loss_fn = keras.losses.MeanSquaredError()
-    inputs, targets = (torch.tensor(array) for array in data)
-    for x, y in zip(inputs.chunk(2 * NUM_STEPS)[int(rank) :: 2], targets.chunk(2 * NUM_STEPS)[int(rank) :: 2], strict=True):
+    optimizer, loss_fn = ISAAC(**OPTIONS), keras.losses.MeanSquaredError()
+    variables = model.trainable_variables
+    optimizer.build(variables)
+    inputs, targets = (torch.tensor(array).chunk(2 * NUM_STEPS)[rank::2] for array in data)
+    for x, y in zip(inputs, targets, strict=True):
         model.zero_grad()
         with optimizer.conditioning():
             loss = loss_fn(y, distributed(x))
         loss.backward()
         with torch.no_grad():
-            optimizer.apply([variable.value.grad for variable in model.trainable_variables], model.trainable_variables)
-    torch.distributed.destroy_process_group()
+            optimizer.apply([variable.value.grad for variable in variables], variables)
     return [weight.tolist() for weight in weights(model)]
 
 

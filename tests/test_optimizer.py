@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, to_numpy
+from harness import BACKEND, run, to_numpy
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
 from keras.optimizers.schedules import ExponentialDecay, PiecewiseConstantDecay
 from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
@@ -77,6 +77,16 @@ def test_damping_reads_and_sets(damping):
     assert float(to_numpy(optimizer.damping)) == 3.0
     optimizer.damping = np.float32(1.5)
     assert float(to_numpy(optimizer.damping)) == 1.5
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("damping", [1e-8, 1.01e-6])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_layers_do_not_round_the_damping_to_their_compute_dtype(policy, damping, compiled):
+    model = capture_inputs(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, dtype=policy)]))
+    inputs, cotangent = np.full((2, 1), 2.0**-10, "float32"), np.full((2, 1), 2.0**10, "float32")
+    gradient = run(model, inputs, cotangent, ISAAC(damping=damping), compiled).gradients[0]
+    assert gradient[0, 0] == pytest.approx(2 * damping / (damping + 2.0**-20), rel=2.0**-8)
 
 
 def test_error_a_schedule_is_not_settable():
