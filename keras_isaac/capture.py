@@ -237,9 +237,9 @@ def _captured_call(layer, *args, **kwargs):
         if conditionings:
             return adapter.call(layer, lambda kernel: conditionings.get(id(kernel)), *args, **kwargs)
     elif layer in _without_model:
-        for optimizer in _find_models(layer):
+        for optimizer, outer_optimizer in _find_models(layer):
             # TensorFlow builds a model in its first step, so that this may be that step, and too late to open it as a whole.
-            with scope.opened(optimizer.conditioning_of_step()):
+            with scope.opened(optimizer.conditioning_of_step(outer_optimizer=outer_optimizer)):
                 return _captured_call(layer, *args, **kwargs)
     return type(layer).call(layer, *args, **kwargs)
 
@@ -260,8 +260,8 @@ def _find_models(layer):
     """Opens the scope in the training steps of the models that hold a layer captured by itself.
 
     A layer does not know its models, and Keras has no public way to ask. So the living models are looked through, once when
-    the layer is captured and then in its calls until one is found. Returns their `ISAAC` optimizers, but none on JAX, where
-    the damping is in the step's state, and where a model calls its layers before it compiles its step.
+    the layer is captured and then in its calls until one is found. Returns their `ISAAC` optimizers, each with the model's, but
+    none on JAX, where the damping is in the step's state, and where a model calls its layers before it compiles its step.
     """
     models = [x for x in gc.get_objects() if issubclass(type(x), keras.Model) and hasattr(x, "train_function")]
     models = [model for model in models if any(each is layer for each, _ in walk(model))]
@@ -272,7 +272,7 @@ def _find_models(layer):
         _without_model.discard(layer)
     if keras.backend.backend() == "jax":
         return []
-    return [optimizer for model in models for optimizer in isaacs_in(getattr(model, "optimizer", None))]
+    return [(isaac, model.optimizer) for model in models for isaac in isaacs_in(getattr(model, "optimizer", None))]
 
 
 def walk(root):
