@@ -31,7 +31,8 @@ def damped_inverse(matrix, damping, floor=None):
     Returns:
         Tensor `[..., k, k]`.
     """
-    return _damped_inverse(matrix, damping, floor)
+    # Of an empty batch there is nothing to invert.
+    return matrix if matrix.shape[-1] == 0 else _damped_inverse(matrix, damping, floor)
 
 
 def _damped_inverse_in_graph(matrix, damping, floor):

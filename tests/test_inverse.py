@@ -51,3 +51,8 @@ def test_one_bad_matrix_leaves_the_others_of_its_batch_alone():
     matrices = np.stack([np.eye(3), np.diag([2.0, -1.0, 2.0]), 2 * np.eye(3)])
     for actual in both_ways(damped_inverse, matrices, 0.0):
         np.testing.assert_allclose(actual, [np.eye(3), np.eye(3) / 3, np.eye(3) / 2], rtol=1e-6)
+
+
+def test_of_nothing_is_nothing():
+    for actual in both_ways(damped_inverse, np.zeros((2, 0, 0)), 1.0):
+        assert actual.shape == (2, 0, 0)
