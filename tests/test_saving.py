@@ -1,0 +1,245 @@
+"""Saved, resumed, copied and shipped: a captured model as the plain one; see also `test_training.py`."""
+
+import copy
+import importlib.util
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from harness import BACKEND, to_numpy
+from keras import layers
+from models import assert_close, assert_differ, fit, mlp, regression, weights, with_random_weights
+from test_training import OPTIMIZERS
+
+from keras_isaac import ISAAC, capture_inputs, kernel_status
+
+
+def compiled(optimizer):
+    """The captured network under an optimizer of `OPTIMIZERS`."""
+    model = capture_inputs(mlp())
+    model.compile(optimizer=eval(OPTIMIZERS[optimizer]), loss="mse")
+    return model
+
+
+def state(model):
+    """All that the run has to go on with."""
+    return [to_numpy(variable) for variable in (*model.variables, *model.optimizer.variables)]
+
+
+class LowerDamping(keras.callbacks.Callback):
+    """Lowers the damping after the first epoch, where it is not a schedule."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        isaac = self.model.optimizer
+        isaac = getattr(isaac, "inner_optimizer", isaac) if not isinstance(isaac, ISAAC) else isaac
+        if epoch == 0 and isinstance(isaac.damping, keras.Variable):
+            isaac.damping = 0.2
+
+
+class InterruptedRunError(Exception):
+    """Stands for a process that dies."""
+
+
+class Interruption(keras.callbacks.Callback):
+    """Interrupts the run in the middle of its third epoch."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.epoch, batch) == (2, 1):
+            raise InterruptedRunError
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_backup_and_restore_goes_on_bit_for_bit_after_an_interruption(optimizer, tmp_path):
+    data = regression()
+    uninterrupted = compiled(optimizer)
+    fit(uninterrupted, data, epochs=4, callbacks=[LowerDamping()])
+
+    backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
+    with pytest.raises(InterruptedRunError):
+        fit(compiled(optimizer), data, epochs=4, callbacks=[LowerDamping(), backup, Interruption()])
+    keras.utils.clear_session()
+    resumed, epochs = compiled(optimizer), []
+    count = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: epochs.append(epoch))
+    fit(resumed, data, epochs=4, callbacks=[keras.callbacks.BackupAndRestore(tmp_path / "backup"), LowerDamping(), count])
+    assert epochs == [2, 3]
+    assert_close(state(resumed), state(uninterrupted), 0)
+
+
+def test_backup_and_restore_goes_on_bit_for_bit_after_the_process_was_killed(tmp_path):
+    script = (
+        "import os, signal, sys, keras; from models import fit, regression; from test_saving import compiled\n"
+        "class Kill(keras.callbacks.Callback):\n"
+        "    def on_train_batch_end(self, batch, logs=None):\n"
+        "        if int(self.model.optimizer.iterations) == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "callbacks = [keras.callbacks.BackupAndRestore(sys.argv[1]), Kill()]\n"
+        "fit(compiled('adam'), regression(), epochs=4, callbacks=callbacks)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "backup")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    assert result.returncode == -9, result.stderr
+    resumed, uninterrupted = compiled("adam"), compiled("adam")
+    fit(resumed, regression(), epochs=4, callbacks=[keras.callbacks.BackupAndRestore(tmp_path / "backup")])
+    fit(uninterrupted, regression(), epochs=4)
+    assert_close(state(resumed), state(uninterrupted), 0)
+
+
+@pytest.mark.parametrize("only_weights", [False, True], ids=["model", "weights"])
+def test_model_checkpoint_of_the_best_epoch(only_weights, tmp_path):
+    data, model = regression(), compiled("adam")
+    path = tmp_path / ("best.weights.h5" if only_weights else "best.keras")
+    options = {"monitor": "val_loss", "save_best_only": True, "save_weights_only": only_weights}
+    callbacks = [keras.callbacks.ModelCheckpoint(path, **options)]
+    history = fit(model, data, epochs=3, validation_data=regression(16, seed=3), callbacks=callbacks)
+    best = int(np.argmin(history.history["val_loss"])) + 1
+    expected = compiled("adam")
+    fit(expected, data, epochs=best, validation_data=regression(16, seed=3))
+    if only_weights:
+        loaded = compiled("adam")
+        loaded.optimizer.build(loaded.trainable_variables)
+        loaded.load_weights(path)
+    else:
+        loaded = keras.models.load_model(path)
+        assert [status.reason for status in kernel_status(loaded)] == ["not captured"] * 2
+        capture_inputs(loaded)
+    assert_close(state(loaded), state(expected), 0)
+    fit(loaded, data)
+    fit(expected, data)
+    assert_close(state(loaded), state(expected), 0)
+
+
+HAS_ORBAX = hasattr(keras.callbacks, "OrbaxCheckpoint") and importlib.util.find_spec("orbax") is not None
+
+
+@pytest.mark.skipif(not HAS_ORBAX, reason="needs orbax-checkpoint, and a Keras that has OrbaxCheckpoint")
+@pytest.mark.parametrize("optimizer", ["adam", "average", "loss scale"])
+@pytest.mark.filterwarnings("ignore")
+def test_orbax_checkpoint_goes_on_bit_for_bit(optimizer, tmp_path):
+    def build():
+        # Keras 3.15 does not find the weights of a `Sequential` in such a checkpoint.
+        inputs = keras.Input((6,))
+        outputs = layers.Dense(3, name="head")(layers.Dense(8, activation="tanh", name="hidden")(inputs))
+        model = capture_inputs(with_random_weights(keras.Model(inputs, outputs)))
+        model.compile(optimizer=eval(OPTIMIZERS[optimizer]), loss="mse")
+        return model
+
+    checkpoint = keras.callbacks.OrbaxCheckpoint(str(tmp_path / "orbax"), save_on_background=False)
+    fit(build(), regression(), epochs=2, callbacks=[LowerDamping(), checkpoint])
+    loaded, uninterrupted = capture_inputs(keras.saving.load_model(tmp_path / "orbax")), build()
+    fit(loaded, regression())
+    fit(uninterrupted, regression(), epochs=3, callbacks=[LowerDamping()])
+    assert_close(state(loaded), state(uninterrupted), 0)
+
+
+def several_kinds():
+    """A fitted model with a product of each kind, and its inputs."""
+    tokens = keras.Input((12,), dtype="int32")
+    hidden = layers.Conv1D(6, 3, activation="tanh")(layers.Embedding(20, 8)(tokens))
+    hidden = layers.EinsumDense("abc,cde->abde", (None, 2, 4), activation="tanh")(hidden)
+    hidden = layers.GlobalAveragePooling1D()(layers.Reshape((10, 8))(hidden))
+    model = capture_inputs(with_random_weights(keras.Model(tokens, layers.Dense(3)(hidden))))
+    model.compile(optimizer=ISAAC(damping=0.1, inner_optimizer="adam"), loss="mse")
+    inputs = np.random.default_rng(0).integers(0, 20, size=(48, 12)).astype("int32")
+    fit(model, (inputs, regression(48)[1]))
+    return model, inputs[:8]
+
+
+def served_saved_model(path, inputs):
+    import tensorflow as tf
+
+    served = tf.saved_model.load(path)
+    return served.serve(inputs)
+
+
+def served_onnx(path, inputs):
+    from onnx.reference import ReferenceEvaluator
+
+    session = ReferenceEvaluator(str(path))
+    return session.run(None, {session.input_names[0]: inputs})[0]
+
+
+def served_torch(path, inputs):
+    import torch
+
+    # Keras exports a batch of one where the batch size is open.
+    program = torch.export.load(path).module()
+    return torch.cat([program(torch.tensor(row[None])).detach() for row in inputs])
+
+
+ONNX = {"jax": "jax2onnx", "tensorflow": "tf2onnx", "torch": "onnxscript"}
+FORMATS = [("tf_saved_model", "exported", served_saved_model, ["torch_xla"] if BACKEND == "torch" else [])]
+FORMATS += [("onnx", "model.onnx", served_onnx, ["onnx", ONNX[BACKEND]])]
+FORMATS += [("torch", "model.pt2", served_torch, [])] if BACKEND == "torch" else []
+
+
+@pytest.mark.parametrize(("file_format", "name", "serve", "packages"), FORMATS, ids=[row[0] for row in FORMATS])
+@pytest.mark.filterwarnings("ignore")
+def test_export_equals_predict(file_format, name, serve, packages, tmp_path):
+    for package in packages:
+        pytest.importorskip(package, reason=f"Keras exports {file_format} through {package}")
+    model, inputs = several_kinds()
+    model.export(tmp_path / name, format=file_format, verbose=False)
+    np.testing.assert_allclose(serve(tmp_path / name, inputs), model.predict(inputs, verbose=0), atol=1e-5)
+    # The captured model trains on.
+    before = weights(model)
+    model.train_on_batch(inputs, regression(8)[1])
+    assert_differ(weights(model), before)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda thing: pickle.loads(pickle.dumps(thing))}
+
+
+@pytest.mark.parametrize(("copied", "optimizer"), [("deepcopy", "adam"), *(("pickle", optimizer) for optimizer in OPTIMIZERS)])
+def test_a_copy_of_a_fitted_model_is_plain_and_goes_on_bit_for_bit(copied, optimizer):
+    model = compiled(optimizer)
+    for _ in range(3):
+        model.train_on_batch(*regression(16))
+    other = COPIES[copied](model)
+    assert [status.reason for status in kernel_status(other)] == ["not captured"] * 2
+    assert_close(state(other), state(model), 0)
+    capture_inputs(other)
+    for _ in range(3):
+        model.train_on_batch(*regression(16))
+    assert_differ(weights(other), weights(model))
+    for _ in range(3):
+        other.train_on_batch(*regression(16))
+    assert_close(state(other), state(model), 0)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.filterwarnings("ignore:Skipping variable loading:UserWarning")
+def test_a_copy_of_an_optimizer_is_as_configured(copied, optimizer):
+    """By itself an optimizer of Keras leaves its moments behind, and says so."""
+    model = compiled(optimizer)
+    fit(model, regression(), callbacks=[LowerDamping()])
+    other = COPIES[copied](model.optimizer)
+    assert type(other) is type(model.optimizer)
+    assert other.get_config() == model.optimizer.get_config()
+
+
+def test_a_clone_is_plain_and_trains_as_the_original_once_captured():
+    model = compiled("adam")
+    fit(model, regression())
+    clone = keras.models.clone_model(model)
+    assert clone.get_config() == model.get_config()
+    assert [status.reason for status in kernel_status(clone)] == ["not captured"] * 2
+    clone.set_weights(mlp().get_weights())
+    capture_inputs(clone).compile(optimizer=eval(OPTIMIZERS["adam"]), loss="mse")
+    fit(clone, regression())
+    assert_close(weights(clone), weights(model), 0)
+
+
+@pytest.mark.parametrize("direction", ["captured to plain", "plain to captured"])
+def test_weight_files_do_not_know_of_capturing(direction, tmp_path):
+    models = [capture_inputs(mlp()), mlp(seed=1)]
+    source, target = models if direction == "captured to plain" else models[::-1]
+    source.save_weights(tmp_path / "file.weights.h5")
+    target.load_weights(tmp_path / "file.weights.h5")
+    assert_close(weights(target), weights(source), 0)
