@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Sets up a virtual environment with the tested versions and runs all the tests: the form of the code, then each backend in a
-# run of its own, two processes wide, since Keras fixes its backend when it is imported. Arguments go to pytest.
+# run of its own, two processes wide, since Keras fixes its backend when it is imported. Arguments go to pytest; without any, the
+# slow tests are left out.
 set -euo pipefail
+[ $# -gt 0 ] || set -- -m "not slow"
 cd "$(dirname "$0")/.."
 
 venv=${KERAS_ISAAC_VENV:-.venv}
