@@ -252,11 +252,12 @@ def _product(inputs, kernel, conditioning, mask, num_groups=0):
 def _token_scale(layer, conditioning, inputs):
     """Returns λ (λ + count/r)⁻¹ for every row of the table, `[input_dim]`; padding does not count if the layer masks it."""
     tokens = ops.reshape(ops.cast(inputs, "int32"), (-1,))
-    counted = ops.ones_like(tokens, dtype="float32")
+    dtype = "float64" if layer.variable_dtype == "float64" else "float32"
+    counted = ops.ones_like(tokens, dtype=dtype)
     if layer.mask_zero:
-        counted = ops.cast(tokens != 0, "float32")
+        counted = ops.cast(tokens != 0, dtype)
     frequency = ops.segment_sum(counted, tokens, num_segments=layer.input_dim) / ops.maximum(ops.sum(counted), 1.0)
-    damping = ops.cast(conditioning.damping, "float32")
+    damping = ops.cast(conditioning.damping, dtype)
     return damping / (damping + frequency)
 
 

@@ -32,9 +32,11 @@ def representatives(inputs, conditioning, mask=None, num_groups=0, summed=False)
             return inputs, None
         mask = ops.cast(mask, inputs.dtype)
         return inputs * mask[:, None], ops.sum(mask)
-    inputs = ops.reshape(inputs, (*groups, samples, -1, num_features))
+    # No size is left for `reshape` to find, which it could not in an empty batch.
+    positions = math.prod(shape[num_groups + 1 : -1])
+    inputs = ops.reshape(inputs, (*groups, samples, positions, num_features))
     if mask is not None:
-        mask = ops.cast(ops.reshape(mask, (samples, -1, 1)), inputs.dtype)
+        mask = ops.cast(ops.reshape(mask, (samples, positions, 1)), inputs.dtype)
     if conditioning.weight_sharing == "reduce":
         if mask is None:
             reduced = ops.sum(inputs, axis=-2) if summed else ops.mean(inputs, axis=-2)
@@ -45,7 +47,7 @@ def representatives(inputs, conditioning, mask=None, num_groups=0, summed=False)
             reduced = reduced / ops.where(lengths == 0, ops.ones_like(lengths), lengths)
         counts = spread(ops.cast(lengths > 0, reduced.dtype), conditioning.max_rows)
         return spread(reduced, conditioning.max_rows), ops.sum(counts)
-    rows = spread(ops.reshape(inputs, (*groups, -1, num_features)), conditioning.max_rows)
+    rows = spread(ops.reshape(inputs, (*groups, samples * positions, num_features)), conditioning.max_rows)
     if mask is None:
         return rows, None
     mask = spread(ops.reshape(mask, (-1, 1)), conditioning.max_rows)

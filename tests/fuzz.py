@@ -1,0 +1,380 @@
+"""A fuzzer: training steps of captured layers and networks beside plain ones, over drawn shapes, options and bad data.
+
+`python tests/fuzz.py --cases 2000 --seed 0` runs so many cases on Keras' backend and lists each that broke a law, with the
+command that repeats it alone (`--only`). The laws, of one training step:
+
+- the captured layer raises no error that the plain one does not;
+- its outputs and all gradients but the kernels' are the plain layer's;
+- the conditioned gradient of a kernel is finite where the plain one is, and not where the data are not;
+- it is no longer than the plain gradient, never points against it, and has no less of its direction than the largest
+  curvature leaves;
+- it is the float64 oracle's, as far as the conditioning of the problem lets a dtype tell;
+- weights keep their shapes and dtypes, and are finite after the step where the plain network's are.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import warnings
+
+import cases
+import keras
+import ml_dtypes
+import numpy as np
+from harness import BACKEND, run, to_numpy
+from keras import layers
+
+from keras_isaac import ISAAC, capture_inputs
+
+TABLE = {case.id: case for case in cases.CASES if case.id != "dense-blocked-inverse"}
+# (Significant bits, smallest normal number) of what a layer computes in.
+PRECISION = {
+    "float16": (2.0**-10, 2.0**-14),
+    "bfloat16": (2.0**-7, 2.0**-126),
+    "float32": (2.0**-23, 2.0**-126),
+    # Keras' products of float64 are float32 on PyTorch.
+    "float64": (2.0**-23, 2.0**-126) if BACKEND == "torch" else (2.0**-52, 2.0**-1022),
+}
+DATA = ["fine"] * 10 + [
+    "NaN",
+    "infinity",
+    "denormal",
+    "zeros",
+    "constant",
+    "duplicates",
+    "nearly duplicates",
+    "1e30",
+    "1e-30",
+    "columns of many scales",
+    "integers",
+    "empty",
+    "large gradient",
+    "small gradient",
+]
+INNER = {
+    "sgd": {},
+    "momentum": {"class_name": "sgd", "momentum": 0.9, "nesterov": True},
+    "clipped": {"class_name": "sgd", "global_clipnorm": 0.1},
+    **{name: {} for name in ("adam", "adamw", "rmsprop", "lion", "adagrad", "nadam", "adafactor")},
+}
+
+
+@dataclasses.dataclass
+class Draw:
+    """One case: a kind of network, `dense` of random shape, or a row of the table in `cases.py`; and what is done to it."""
+
+    subject: str
+    batch: int
+    policy: str
+    data: str
+    damping: float
+    max_rows: int | None
+    weight_sharing: str
+    compiled: bool
+    inner: str = "sgd"
+    widths: tuple = ()
+    seed: tuple = ()
+
+    @property
+    def precision(self):
+        """What the layer computes in."""
+        return PRECISION[self.policy.removeprefix("mixed_")]
+
+
+def draw(seed, index):
+    """Draws case `index` of a run."""
+    random = np.random.default_rng((seed, index))
+
+    def choice(*options):
+        return options[random.integers(len(options))]
+
+    policies = ["float32"] * 4 + ["float64", "mixed_bfloat16", "mixed_float16"]
+    subjects = [("dense network", "sequence network", "image network"), *[("dense",)] * 2, *[tuple(TABLE)] * 5]
+    return Draw(
+        subject=choice(*choice(*subjects)),
+        batch=choice(1, 2, 3, 5, 8, 17),
+        # JAX has no float64 by default.
+        policy=choice(*(policy for policy in policies if (policy, BACKEND) != ("float64", "jax"))),
+        data=choice(*DATA),
+        damping=float(np.float32(10.0 ** random.uniform(-8, 8))),
+        max_rows=choice(None, 1, 3, 8, 1024, 1024),
+        weight_sharing=choice("expand", "expand", "reduce"),
+        # Eager JAX compiles each operation for each new shape, which takes longer.
+        compiled=bool(random.random() < (0.9 if BACKEND == "jax" else 0.2)),
+        inner=choice(*INNER),
+        widths=tuple(choice(1, 3, 4, 7, 16) for _ in range(random.integers(1, 5))),
+        seed=(seed, index),
+    )
+
+
+@contextlib.contextmanager
+def dtype_policy(policy):
+    """Sets Keras' dtype policy."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def spoiled(inputs, kind, random):
+    """Makes the inputs what the case is about."""
+    inputs = inputs.copy()
+    if np.issubdtype(inputs.dtype, np.integer):
+        if kind in ("constant", "duplicates", "zeros"):
+            inputs[...] = 0 if kind == "zeros" else inputs.flat[0]
+        if kind in ("NaN", "infinity"):
+            # Tokens that the table does not have.
+            inputs.flat[random.integers(inputs.size)] = -1 if kind == "NaN" else 100
+        return inputs.astype("float32") if kind == "integers" else inputs
+    if kind in ("NaN", "infinity"):
+        inputs.flat[random.integers(inputs.size)] = np.nan if kind == "NaN" else random.choice([-np.inf, np.inf])
+    if kind in ("zeros", "denormal", "1e30", "1e-30"):
+        inputs *= {"zeros": 0.0, "denormal": 1e-40, "1e30": 1e30, "1e-30": 1e-30}[kind]
+    if kind == "constant":
+        inputs[...] = inputs.flat[0]
+    if kind in ("duplicates", "nearly duplicates"):
+        inputs[...] = inputs[:1] * (1 if kind == "duplicates" else 1 + 1e-6 * random.normal(size=inputs.shape))
+    if kind == "columns of many scales":
+        inputs *= 10.0 ** random.uniform(-12, 12, size=inputs.shape[-1])
+    return np.round(inputs * 3).astype("int32") if kind == "integers" else inputs.astype("float32")
+
+
+class Holder(keras.Layer):
+    """Calls its layer as a model does, with the dtype policy in force, which `stateless_call` on JAX passes over."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def build(self, input_shape):
+        """The layer is built."""
+
+    def call(self, inputs):
+        """The layer's own."""
+        return self.layer(inputs)
+
+
+def attempt(function):
+    """Returns the result and no error, or no result and the error."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def broken_laws(drawn):
+    """Runs the case, and returns a description of each law that it broke."""
+    keras.utils.set_random_seed(0)
+    with dtype_policy(drawn.policy), np.errstate(all="ignore"):
+        return list((_network if drawn.subject.endswith("network") else _layer)(drawn))
+
+
+def _layer(drawn):
+    random = np.random.default_rng((*drawn.seed, 1))
+    if drawn.subject == "dense":
+        shape = (1, *drawn.widths[1:3], drawn.widths[0])
+        case = cases.Case("dense", lambda: layers.Dense(drawn.widths[-1], activation="tanh"), shape, cases.dense)
+    else:
+        case = TABLE[drawn.subject]
+    batch = 0 if drawn.data == "empty" else drawn.batch
+    case = case._replace(input_shape=(max(batch, 1), *case.input_shape[1:]))
+    layer, inputs, cotangent = cases.data(case, (*drawn.seed, 2))
+    inputs, cotangent = spoiled(inputs, drawn.data, random)[:batch], cotangent[:batch]
+    cotangent = cotangent * np.float32({"large gradient": 1e30, "small gradient": 1e-30}.get(drawn.data, 1))
+    optimizer = ISAAC(damping=drawn.damping, max_rows=drawn.max_rows, weight_sharing=drawn.weight_sharing)
+
+    holder = Holder(layer)
+    plain, error = attempt(lambda: run(holder, inputs, cotangent, compiled=drawn.compiled))
+    if error is not None:
+        return
+    capture_inputs(layer)
+    captured, error = attempt(lambda: run(holder, inputs, cotangent, optimizer, drawn.compiled))
+    if error is not None:
+        yield f"raises {type(error).__name__}: {error}"
+        return
+
+    epsilon, smallest = drawn.precision
+    pairs = [("outputs", captured.outputs, plain.outputs), ("input gradient", captured.input_gradient, plain.input_gradient)]
+    names = {id(getattr(layer, name)): name for name in case.read(layer, np.zeros(case.input_shape, "int32"))}
+    for variable, ours, theirs in zip(layer.trainable_variables, captured.gradients, plain.gradients, strict=True):
+        name = names.get(id(variable))
+        if name is None:
+            pairs.append((f"gradient of {variable.name}", ours, theirs))
+            continue
+        if ours.shape != theirs.shape:
+            yield f"gradient of {name} has shape {ours.shape}, not {theirs.shape}"
+            continue
+        if not np.isfinite(theirs).all():
+            if drawn.data in ("NaN", "infinity") and np.isfinite(ours).all():
+                yield f"gradient of {name} is finite, where the plain one is not"
+            continue
+        if not np.isfinite(ours).all():
+            yield f"gradient of {name} is not finite, where the plain one is"
+            continue
+        if not len(inputs):
+            pairs.append((f"gradient of {name}", ours, theirs))
+            continue
+        if case.vocabulary is None:
+            dtype = {"bfloat16": ml_dtypes.bfloat16}.get(layer.compute_dtype, layer.compute_dtype)
+            seen = inputs.astype(dtype).astype("float64")
+        elif drawn.data in ("NaN", "infinity"):
+            # What tokens beyond the table mean is the backend's affair.
+            continue
+        else:
+            seen = inputs.astype("int32")
+        rows, matrix_of = case.read(layer, seen)[name]
+        yield from (f"gradient of {name} {law}" for law in _kernel_laws(drawn, case, rows, matrix_of, ours, theirs))
+    for name, ours, theirs in pairs:
+        if theirs is None:
+            continue
+        scale = np.max(np.abs(theirs), initial=smallest, where=np.isfinite(theirs))
+        if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=0, atol=32 * epsilon * scale, equal_nan=True):
+            yield f"{name}: {ours.ravel()[:4]} is not the plain layer's {theirs.ravel()[:4]}"
+
+
+def _kernel_laws(drawn, case, rows, matrix_of, ours, theirs):
+    """The laws of a conditioned gradient, one group of the kernel after another."""
+    epsilon, smallest = drawn.precision
+    places = matrix_of(np.arange(theirs.size).reshape(theirs.shape))
+    is_embedding = case.vocabulary is not None
+    is_product = case.read is cases.dense or case.id in ("einsum-attention-output", "einsum-groups")
+    unshared = is_embedding or len(case.input_shape) == 2
+    is_reduced = drawn.weight_sharing == "reduce" and not unshared
+    if is_reduced:
+        rows = rows.reshape(len(rows), drawn.batch, -1, rows.shape[-1]).mean(axis=2)
+    stand_for_all = unshared or drawn.max_rows is None or rows.shape[1] <= drawn.max_rows
+    for number, (group, place) in enumerate(zip(rows, places, strict=True)):
+        where = f"(group {number}) " if len(rows) > 1 else ""
+        plain, conditioned = theirs.ravel()[place], ours.ravel()[place]
+        norm, length = np.linalg.norm(plain), np.linalg.norm(conditioned)
+        if norm < 1e3 * smallest * np.sqrt(plain.size):
+            # Nothing but zeros and denormals, which a processor may flush.
+            if length > 1e4 * smallest * plain.size:
+                yield f"{where}is {length}, where the plain one is {norm}"
+            continue
+        if not np.isfinite(group).all():
+            continue
+        tolerance = 64 * epsilon
+        if length > norm * (1 + tolerance):
+            yield f"{where}is longer than the plain one: {length / norm}"
+        _, singular, right = np.linalg.svd(group / np.sqrt(max(len(group), 1)), full_matrices=False)
+        shrinkage = drawn.damping / (drawn.damping + singular**2)
+        inside = right @ plain
+        expected = right.T @ (shrinkage[:, None] * inside)
+        spanned = not is_reduced and stand_for_all
+        if not spanned:
+            expected += plain - right.T @ inside
+        # What underflows has no direction.
+        if length > 1e3 * smallest and np.sum(conditioned * plain) < -tolerance * norm * length:
+            yield f"{where}points against the plain one: cosine {np.sum(conditioned * plain) / norm / length}"
+        if not stand_for_all:
+            continue
+        eigenvalues = singular**2
+        least = drawn.damping / (drawn.damping + eigenvalues.sum())
+        if least > 1e3 * epsilon and np.sum(conditioned * plain) < 0.9 * least * norm**2:
+            yield f"{where}has too little of the plain one: {np.sum(conditioned * plain) / norm**2}, at least {least}"
+        resolved = max(drawn.damping, min(epsilon, PRECISION["float32"][0]) * eigenvalues.mean())
+        kappa = (eigenvalues.max() + resolved) / (eigenvalues.min() + resolved)
+        exact = spanned and (is_embedding or is_product or len(group) >= group.shape[1])
+        scale = np.linalg.norm(expected) if exact else norm
+        bound = 100 * epsilon * (1 if is_embedding else kappa)
+        error = np.linalg.norm(conditioned - expected)
+        if bound < 0.5 and error > bound * scale + 1e3 * smallest * np.sqrt(plain.size):
+            yield f"{where}is not the oracle's: error {error / scale:.1e}, bound {bound:.1e}, condition {kappa:.1e}"
+
+
+def _network(drawn):
+    random = np.random.default_rng((*drawn.seed, 1))
+    batch = 0 if drawn.data == "empty" else drawn.batch
+    kind = drawn.subject.split()[0]
+    shape = {"dense": (5,), "sequence": (4,), "image": (5, 4, 2)}[kind]
+    inputs = random.integers(0, 6, (drawn.batch, *shape)).astype("int32")
+    if kind != "sequence":
+        inputs = random.normal(size=(drawn.batch, *shape)).astype("float32")
+    inputs = spoiled(inputs, drawn.data, random)[:batch]
+    targets = random.normal(size=(batch, 2)).astype("float32")
+    targets = targets * np.float32({"large gradient": 1e30, "small gradient": 1e-30}.get(drawn.data, 1))
+    # Two optimizers of which the one is the other inside ISAAC; with so large a damping their steps are the same.
+    damping = 1e30 if random.random() < 0.3 else drawn.damping
+
+    def trained(captured):
+        keras.utils.set_random_seed(0)
+        model = _build(kind, drawn, inputs.shape[1:], inputs.dtype.name)
+        options = {"learning_rate": 0.01, "class_name": drawn.inner, **INNER[drawn.inner]}
+        inner = keras.optimizers.get({"class_name": options.pop("class_name"), "config": options})
+        if captured:
+            capture_inputs(model)
+            inner = ISAAC(damping=damping, inner_optimizer=inner, max_rows=drawn.max_rows, weight_sharing=drawn.weight_sharing)
+        eager = {} if drawn.compiled else {"run_eagerly": True}
+        model.compile(optimizer=inner, loss="mse", jit_compile=False if BACKEND != "jax" or eager else "auto", **eager)
+        before = [(weight.path, tuple(weight.shape), weight.dtype) for weight in model.weights]
+        for _ in range(2):
+            model.train_on_batch(inputs, targets)
+        return before, model
+
+    plain, error = attempt(lambda: trained(captured=False))
+    if error is not None:
+        return
+    captured, error = attempt(lambda: trained(captured=True))
+    if error is not None:
+        yield f"raises {type(error).__name__}: {error}"
+        return
+    before, model = captured
+    if [(weight.path, tuple(weight.shape), weight.dtype) for weight in model.weights] != before:
+        yield "weights changed their shapes or dtypes"
+    for ours, theirs in zip(model.trainable_variables, plain[1].trainable_variables, strict=True):
+        path, ours, theirs = ours.path, to_numpy(ours), to_numpy(theirs)
+        if np.isfinite(theirs).all() and not np.isfinite(ours).all():
+            yield f"{path} is not finite, where the plain network's is"
+        if drawn.data in ("NaN", "infinity") and np.isfinite(ours).all() and not np.isfinite(theirs).all():
+            yield f"{path} is finite, where the plain network's is not"
+        comparable = drawn.policy in ("float32", "float64") and drawn.inner in ("sgd", "momentum", "clipped")
+        if damping == 1e30 and comparable and not np.allclose(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True):
+            yield f"{path} is not the plain network's at an infinite damping: {ours.ravel()[:4]}, not {theirs.ravel()[:4]}"
+
+
+def _build(kind, drawn, shape, dtype):
+    x = inputs = keras.Input(shape, dtype=dtype)
+    if kind == "sequence":
+        x = layers.Embedding(6, 4, mask_zero=drawn.batch % 2 == 1)(x)
+    for number, width in enumerate(drawn.widths):
+        if kind == "dense":
+            x = layers.Dense(width, activation="tanh")(x)
+        elif kind == "sequence":
+            x = layers.MultiHeadAttention(2, width)(x, x) if number % 2 else layers.Conv1D(width, 2, padding="same")(x)
+        else:
+            x = layers.Conv2D(width, 2, padding="same", activation="relu")(x)
+    if kind != "dense":
+        x = layers.Flatten()(x)
+    return keras.Model(inputs, layers.Dense(2, dtype=None if drawn.policy == "float64" else "float32")(x))
+
+
+def main():
+    """Runs the cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first case")
+    parser.add_argument("--only", type=int, help="the number of the one case to run")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    numbers = range(arguments.first, arguments.cases) if arguments.only is None else [arguments.only]
+    progress, findings = keras.utils.Progbar(len(numbers), unit_name="case"), 0
+    for count, number in enumerate(numbers, 1):
+        if count % 50 == 0:
+            keras.utils.clear_session()
+        drawn = draw(arguments.seed, number)
+        broken = broken_laws(drawn)
+        if broken:
+            findings += 1
+            print(f"\n--seed {arguments.seed} --only {number}: {drawn}", *broken, sep="\n    ", flush=True)
+        progress.update(count)
+    print(f"\n{findings} of {len(numbers)} cases broke a law on {BACKEND}")
+    sys.exit(bool(findings))
+
+
+if __name__ == "__main__":
+    main()
