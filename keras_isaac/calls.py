@@ -52,7 +52,7 @@ def _tapped(layer, tap):
 def conditioned(matrix, conditioning, representatives):
     """Returns the kernel `[(groups,) in, out]` with its gradient conditioned on rows, of which some may not count."""
     rows, num_rows = representatives
-    return conditioned_kernel(matrix, rows, conditioning.damping, num_rows)
+    return conditioned_kernel(matrix, rows, conditioning, num_rows)
 
 
 def conditioned_by_outputs(matrix, conditioning, output_shape, rows_of=lambda outputs: outputs, mask=None, num_groups=0):
@@ -76,15 +76,17 @@ def conditioned_by_outputs(matrix, conditioning, output_shape, rows_of=lambda ou
 
     zeros = ops.zeros(output_shape, matrix.dtype)
     carrier, num_rows = output_rows(zeros)
-    shape = ops.shape(rows_of(zeros))[num_groups:-1]
-    total = shape[0] if conditioning.weight_sharing == "reduce" else math.prod(shape)
-    if num_rows is not None:
-        kept = ops.cast(ops.shape(carrier)[-2], "float32")
-        total = ops.maximum(ops.cast(num_rows, "float32"), 1.0) * ops.cast(total, "float32") / kept
-    elif not isinstance(total, int):
-        total = ops.cast(total, "float32")
-    damping = mean_loss_damping(ops.cast(conditioning.output_damping, "float32"), total)
-    matrix, carrier = output_conditioned_kernel(matrix, carrier, damping, num_rows)
+    damping = conditioning.output_damping
+    if not conditioning.relative_damping:
+        shape = ops.shape(rows_of(zeros))[num_groups:-1]
+        total = shape[0] if conditioning.weight_sharing == "reduce" else math.prod(shape)
+        if num_rows is not None:
+            kept = ops.cast(ops.shape(carrier)[-2], "float32")
+            total = ops.maximum(ops.cast(num_rows, "float32"), 1.0) * ops.cast(total, "float32") / kept
+        elif not isinstance(total, int):
+            total = ops.cast(total, "float32")
+        damping = mean_loss_damping(ops.cast(damping, "float32"), total)
+    matrix, carrier = output_conditioned_kernel(matrix, carrier, damping, num_rows, **conditioning.options)
     return matrix, lambda outputs: carried(outputs, carrier, lambda gradient: output_rows(gradient)[0])
 
 

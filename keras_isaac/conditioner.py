@@ -17,6 +17,9 @@ Three forms compute it, each the cheapest somewhere:
 With a finite output damping (λ_g in the paper, Remark 4) the other side is conditioned alike, by the empirical Fisher matrix:
 
     ζ = ζ* μ (μI + GᵀG/r)⁻¹      (μ = λ_g/r², since rG are the gradients of the rows' own losses under a mean loss)
+
+A relative damping is in units of the mean eigenvalue, tr(XᵀX) / (r min(r, in)), so that the scale of the inputs cancels: it
+multiplies the mean of the diagonal of whichever matrix is inverted. A gradient that preserves the norm is ζ ‖∇‖ / ‖ζ‖.
 """
 
 # `@` stands for `keras.ops.matmul`, which returns float32 for float64 on PyTorch.
@@ -28,7 +31,9 @@ from keras import ops
 from keras_isaac.inverse import damped_inverse
 
 
-def conditioned_gradient(rows, output_gradient, damping, output_damping=None, max_rows=None):
+def conditioned_gradient(
+    rows, output_gradient, damping, output_damping=None, *, max_rows=None, relative_damping=False, preserve_norm=False
+):
     """Returns ζ*, the gradient of a kernel conditioned on the layer's inputs, or ζ with an output damping.
 
     With no more rows than features, and than `max_rows`, by the sample side; else as `condition` does, with at most
@@ -42,39 +47,42 @@ def conditioned_gradient(rows, output_gradient, damping, output_damping=None, ma
             damping tends to the pseudo-inverse.
         output_damping: scalar tensor (λ_g), or `None` for an infinite one.
         max_rows: integer, or `None` for all rows.
+        relative_damping: boolean, whether the dampings are in units of the mean eigenvalue.
+        preserve_norm: boolean, whether the result is scaled to the norm of XᵀG.
 
     Returns:
         Tensor `[..., in, out]`.
     """
     rows, output_gradient, damping = _in_one_dtype(rows, output_gradient, damping)
+    options = {"relative_damping": relative_damping, "preserve_norm": preserve_norm}
     if output_damping is None:
-        return _conditioned_by_inputs(rows, output_gradient, damping, max_rows)
-    output_damping = mean_loss_damping(output_damping, _num_rows(rows))
+        return _conditioned_by_inputs(rows, output_gradient, damping, max_rows, **options)
+    if not relative_damping:
+        output_damping = mean_loss_damping(output_damping, _num_rows(rows))
 
     def few():
-        p = _sample_side(output_gradient, _transpose(output_gradient), output_damping)
-        gradient = p @ output_gradient
-        return _conditioned_by_inputs(rows, gradient, damping, max_rows)
+        p = _sample_side(output_gradient, _transpose(output_gradient), output_damping, rows, **options)
+        return _conditioned_by_inputs(rows, p @ output_gradient, damping, max_rows, **options)
 
     def many():
-        gradient = _conditioned_by_inputs(rows, output_gradient, damping, max_rows)
-        return condition_outputs(gradient, spread(output_gradient, max_rows), output_damping)
+        gradient = _conditioned_by_inputs(rows, output_gradient, damping, max_rows, **options)
+        return condition_outputs(gradient, spread(output_gradient, max_rows), output_damping, **options)
 
     return _if_at_most(_limit(output_gradient, max_rows), output_gradient, few, many)
 
 
-def _conditioned_by_inputs(rows, output_gradient, damping, max_rows):
+def _conditioned_by_inputs(rows, output_gradient, damping, max_rows, **options):
     transposed = _transpose(rows)
 
     def few():
-        p = _sample_side(rows, transposed, damping)
+        p = _sample_side(rows, transposed, damping, output_gradient, **options)
         # P is multiplied into the narrower of the two factors.
         if rows.shape[-1] < output_gradient.shape[-1]:
             return (transposed @ p) @ output_gradient
         return transposed @ (p @ output_gradient)
 
     def many():
-        return condition(transposed @ output_gradient, spread(rows, max_rows), damping)
+        return condition(transposed @ output_gradient, spread(rows, max_rows), damping, **options)
 
     return _if_at_most(_limit(rows, max_rows), rows, few, many)
 
@@ -84,9 +92,9 @@ def _limit(rows, max_rows):
     return rows.shape[-1] if max_rows is None else min(rows.shape[-1], max_rows)
 
 
-def condition_outputs(gradient, output_gradient, damping, num_rows=None):
+def condition_outputs(gradient, output_gradient, damping, num_rows=None, **options):
     """Returns ∇ μ (μI + GᵀG/r)⁻¹: as `condition`, on the outputs' axis `[..., in, out]` by rows `[..., rows, out]`."""
-    return _transpose(condition(_transpose(gradient), output_gradient, damping, num_rows))
+    return _transpose(condition(_transpose(gradient), output_gradient, damping, num_rows, **options))
 
 
 def mean_loss_damping(output_damping, num_rows):
@@ -94,7 +102,7 @@ def mean_loss_damping(output_damping, num_rows):
     return output_damping / num_rows / num_rows
 
 
-def condition(gradient, rows, damping, num_rows=None):
+def condition(gradient, rows, damping, num_rows=None, *, relative_damping=False, preserve_norm=False):
     """Returns λ (λI + FᵀF/s)⁻¹ ∇, a finished kernel gradient conditioned on rows, by the Woodbury form or the feature side.
 
     Args:
@@ -102,28 +110,35 @@ def condition(gradient, rows, damping, num_rows=None):
         rows: tensor `[..., rows, in]` (F).
         damping: scalar tensor (λ).
         num_rows: scalar tensor, how many of the rows count (s), where others are zero. Defaults to `None`: all count.
+        relative_damping: boolean, whether the damping is in units of the mean eigenvalue.
+        preserve_norm: boolean, whether the result is scaled to the norm of ∇.
 
     Returns:
         Tensor `[..., in, out]`.
     """
     rows, gradient, damping = _in_one_dtype(rows, gradient, damping)
-    if num_rows is None:
-        num_rows = _num_rows(rows)
-    else:
+    if num_rows is not None:
         num_rows = ops.cast(num_rows, rows.dtype)
         num_rows = ops.where(num_rows < 1, ops.ones_like(num_rows), num_rows)
-    damping = damping * num_rows
 
     def few():
         # A difference: it keeps nothing of a gradient that a smaller damping would shorten by more than the dtype's digits.
-        inverse = damped_inverse(rows @ _transpose(rows), damping, floor=4)
+        gram = rows @ _transpose(rows)
+        inverse = damped_inverse(gram, _summed_damping(gram, damping, rows, num_rows, relative_damping), floor=4)
         return gradient - _transpose(rows) @ (inverse @ (rows @ gradient))
 
     def many():
-        inverse = damped_inverse(_transpose(rows) @ rows, damping)
-        return (damping * inverse) @ gradient
+        gram = _transpose(rows) @ rows
+        summed_damping = _summed_damping(gram, damping, rows, num_rows, relative_damping)
+        return (summed_damping * damped_inverse(gram, summed_damping)) @ gradient
 
-    return _if_at_most(rows.shape[-1] - 1, rows, few, many)
+    result = _if_at_most(rows.shape[-1] - 1, rows, few, many)
+    return with_norm_of(gradient, result) if preserve_norm else result
+
+
+def with_norm_of(gradient, conditioned):
+    """Returns the conditioned gradient, as long as the gradient."""
+    return conditioned * _ratio_of_norms(gradient * gradient, conditioned * conditioned)
 
 
 def spread(rows, max_rows):
@@ -155,13 +170,37 @@ def _if_at_most(limit, rows, few, many):
     return ops.cond(ops.shape(rows)[-2] <= limit, few, many)
 
 
-def _sample_side(rows, transposed, damping):
-    """Returns P = λ (λI + XXᵀ/r)⁻¹ of the rows and of the same transposed.
+def _sample_side(rows, transposed, damping, others, *, relative_damping, preserve_norm):
+    """Returns P = λ (λI + XXᵀ/r)⁻¹ of the rows and of the same transposed, to stand between them and other rows.
 
     The authors form P as `I - M (λI + M)⁻¹`, which is the same matrix, but loses its digits as λ falls.
     """
-    damping = damping * _num_rows(rows)
-    return damping * damped_inverse(rows @ transposed, damping)
+    gram = rows @ transposed
+    damping = _summed_damping(gram, damping, rows, None, relative_damping)
+    p = damping * damped_inverse(gram, damping)
+    if preserve_norm:
+        # ‖XᵀG‖² is the sum of XXᵀ ∘ GGᵀ: no product of the kernel's size is needed.
+        other_gram = others @ _transpose(others)
+        p = p * _ratio_of_norms(gram * other_gram, gram * (p @ other_gram @ p))
+    return p
+
+
+def _summed_damping(gram, damping, rows, num_rows, is_relative):
+    """Returns the damping that stands beside a Gram matrix, a sum over rows: λr, for a relative one as for another."""
+    if not is_relative:
+        return damping * (_num_rows(rows) if num_rows is None else num_rows)
+    rank = _num_rows(gram) if num_rows is None else ops.where(num_rows < rows.shape[-1], num_rows, rows.shape[-1])
+    trace = ops.sum(ops.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    # Rows that are all zero leave the gradient as it is.
+    return ops.clip(damping * trace / rank, 1e-37, 1e37)
+
+
+def _ratio_of_norms(squares, conditioned_squares):
+    """Returns ‖∇‖ / ‖ζ‖, at least 1, since conditioning only shortens; both given by what sums to their squares."""
+    square, conditioned_square = ops.sum(squares), ops.sum(conditioned_squares)
+    # Where nothing is left of either, and where rounding has left less than nothing.
+    is_short = conditioned_square < square
+    return ops.sqrt(ops.where(is_short & (conditioned_square > 0), square / conditioned_square, 1.0))
 
 
 def _in_one_dtype(rows, *others):

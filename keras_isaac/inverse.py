@@ -51,15 +51,15 @@ def _damped_inverse_torch(matrix, damping, floor):
     # Eager PyTorch pays for every operation, so that these are few and its own.
     size, dtype = matrix.shape[-1], matrix.dtype
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    trace = diagonal.sum(-1, keepdim=True)
+    trace = diagonal.sum(-1)[..., None, None]
     least = trace * (torch.finfo(dtype).eps * (1 / size if floor is None else floor)) + _TINY
     identity = torch.eye(size, dtype=dtype, device=matrix.device)
-    damped = torch.addcmul(matrix, identity, torch.maximum(damping, least)[..., None])
+    damped = torch.addcmul(matrix, identity, torch.maximum(damping, least))
     # The `_ex` form neither raises nor waits for the device.
     factor, failed_at = torch.linalg.cholesky_ex(damped)
     failed = (failed_at > 0)[..., None, None]
     inverse = torch.cholesky_inverse(torch.where(failed, identity, factor))
-    return torch.where(failed, inverse / (damping + trace)[..., None], inverse)
+    return torch.where(failed, inverse / (damping + trace), inverse)
 
 
 def _cholesky_tensorflow(matrix):

@@ -74,7 +74,8 @@ class EinsumDenseAdapter:
 class EmbeddingAdapter:
     """`Embedding`: rows are one-hot, so that XᵀX holds the counts of the tokens, and conditioning divides by them.
 
-    λ (λ + count/r)⁻¹ for each token's row of the table: exact, whatever `weight_sharing` and `max_rows` say.
+    λ (λ + count/r)⁻¹ for each token's row of the table: exact, whatever `weight_sharing` and `max_rows` say. The norm of the
+    table's gradient is known once all tokens are summed, so that one which preserves it is dense.
     """
 
     @staticmethod
@@ -86,10 +87,10 @@ class EmbeddingAdapter:
     def call(layer, conditioning_of, inputs):
         """`Embedding.call`, the gradient of each token's row scaled."""
         (kernel,) = EmbeddingAdapter.kernels(layer)
-        scale = _token_scale(layer, conditioning_of(kernel), inputs)
-        if layer.lora_enabled:
-            tapped = scaled_gradient(ops.convert_to_tensor(kernel), scale[:, None])
-            return call_with(layer, [(kernel, tapped)], inputs)
+        conditioning = conditioning_of(kernel)
+        scale = _token_scale(layer, conditioning, inputs)
+        if layer.lora_enabled or conditioning.preserve_norm:
+            return call_with(layer, [(kernel, _conditioned_table(kernel, scale, conditioning))], inputs)
         # A row's gradient is the sum of its tokens' gradients. Scaling those keeps TensorFlow's gradient sparse.
         tokens = ops.cast(inputs, "int32")
         return scaled_gradient(keras.layers.Embedding.call(layer, inputs), ops.take(scale, tokens, axis=0)[..., None])
@@ -113,8 +114,8 @@ class ReversibleEmbeddingAdapter:
         if not reverse:
             if keras.backend.backend() == "jax":
                 # The layer gives its output a mask, which on JAX nobody else can. There, gradients of tables are dense anyway.
-                scale = _token_scale(layer, conditioning, inputs)[:, None]
-                return call_with(layer, [(kernel, scaled_gradient(ops.convert_to_tensor(kernel), scale))], inputs)
+                scale = _token_scale(layer, conditioning, inputs)
+                return call_with(layer, [(kernel, _conditioned_table(kernel, scale, conditioning))], inputs)
             outputs = EmbeddingAdapter.call(layer, conditioning_of, inputs)
             outputs._keras_mask = keras.layers.Embedding.compute_mask(layer, inputs)
             return outputs
@@ -236,13 +237,12 @@ def _product(inputs, kernel, conditioning, mask, num_groups=0):
     # What `matmul` promotes, the conditioned product is given: sparse inputs dense, integers in the kernel's dtype.
     inputs = ops.cast(_dense(inputs), kernel.dtype)
     if len(inputs.shape) == num_groups + 2 and mask is None:
-        return conditioned_matmul(inputs, kernel, conditioning.damping, conditioning.output_damping)
+        return conditioned_matmul(inputs, kernel, conditioning)
     shape = ops.shape(inputs)
     rows = ops.reshape(inputs, (*shape[:num_groups], -1, kernel.shape[-2]))
     output_shape = (*shape[:-1], kernel.shape[-1])
     if mask is None and conditioning.weight_sharing == "expand":
-        damping = (conditioning.damping, conditioning.output_damping)
-        return ops.reshape(conditioned_matmul(rows, kernel, *damping, conditioning.max_rows), output_shape)
+        return ops.reshape(conditioned_matmul(rows, kernel, conditioning, conditioning.max_rows), output_shape)
     kernel = conditioned(kernel, conditioning, representatives(inputs, conditioning, mask, num_groups))
     kernel, tap = conditioned_by_outputs(kernel, conditioning, output_shape, mask=mask, num_groups=num_groups)
     outputs = ops.reshape(ops.matmul(rows, kernel), output_shape)
@@ -256,9 +256,17 @@ def _token_scale(layer, conditioning, inputs):
     counted = ops.ones_like(tokens, dtype=dtype)
     if layer.mask_zero:
         counted = ops.cast(tokens != 0, dtype)
-    frequency = ops.segment_sum(counted, tokens, num_segments=layer.input_dim) / ops.maximum(ops.sum(counted), 1.0)
+    num_counted = ops.maximum(ops.sum(counted), 1.0)
+    frequency = ops.segment_sum(counted, tokens, num_segments=layer.input_dim) / num_counted
     damping = ops.cast(conditioning.damping, dtype)
+    if conditioning.relative_damping:
+        # The trace of a covariance of one-hot rows is 1.
+        damping = damping / ops.minimum(num_counted, float(layer.input_dim))
     return damping / (damping + frequency)
+
+
+def _conditioned_table(kernel, scale, conditioning):
+    return scaled_gradient(ops.convert_to_tensor(kernel), scale[:, None], conditioning.preserve_norm)
 
 
 def _dense(inputs):

@@ -3,10 +3,10 @@
 import keras
 from keras import ops
 
-from keras_isaac.conditioner import condition, condition_outputs, conditioned_gradient
+from keras_isaac.conditioner import condition, condition_outputs, conditioned_gradient, with_norm_of
 
 
-def conditioned_matmul(rows, kernel, damping, output_damping=None, max_rows=None):
+def conditioned_matmul(rows, kernel, conditioning, max_rows=None):
     """Returns `rows @ kernel`; in the backward pass, the gradient of `kernel` is conditioned on `rows`.
 
     The gradient with respect to `rows` is the usual one. Where only the finished gradient can be conditioned, as for a
@@ -15,8 +15,7 @@ def conditioned_matmul(rows, kernel, damping, output_damping=None, max_rows=None
     Args:
         rows: tensor `[..., rows, in]`.
         kernel: tensor or variable `[..., in, out]`.
-        damping: scalar tensor.
-        output_damping: scalar tensor, or `None` to condition on the rows alone.
+        conditioning: the `Conditioning` in force.
         max_rows: integer, how many rows at most stand for all, or `None`.
 
     Returns:
@@ -28,20 +27,23 @@ def conditioned_matmul(rows, kernel, damping, output_damping=None, max_rows=None
         if needed[0]:
             rows_gradient = output_gradient @ ops.swapaxes(kernel, -2, -1)
         if needed[1]:
-            kernel_gradient = conditioned_gradient(rows, output_gradient, damping, output_damping, max_rows)
+            kernel_gradient = conditioned_gradient(
+                rows, output_gradient, damping, output_damping, max_rows=max_rows, **conditioning.options
+            )
             kernel_gradient = _cast(kernel_gradient, kernel.dtype)
         return rows_gradient, kernel_gradient, None, None
 
-    return _with_gradients(lambda rows, kernel, *_: rows @ kernel, gradients, rows, kernel, damping, output_damping)
+    dampings = (conditioning.damping, conditioning.output_damping)
+    return _with_gradients(lambda rows, kernel, *_: rows @ kernel, gradients, rows, kernel, *dampings)
 
 
-def conditioned_kernel(kernel, rows, damping, num_rows=None):
+def conditioned_kernel(kernel, rows, conditioning, num_rows=None):
     """Returns `kernel`; in the backward pass, its gradient is conditioned on `rows`.
 
     Args:
         kernel: tensor `[..., in, out]`.
         rows: tensor `[..., rows, in]`, the rows that stand for the layer's inputs; no gradient flows into them.
-        damping: scalar tensor.
+        conditioning: the `Conditioning` in force.
         num_rows: scalar tensor, how many of the rows count, where others are zero. Defaults to `None`: all count.
 
     Returns:
@@ -49,12 +51,14 @@ def conditioned_kernel(kernel, rows, damping, num_rows=None):
     """
 
     def gradients(kernel_gradient, needed, kernel, rows, damping, num_rows):
-        return (_cast(condition(kernel_gradient, rows, damping, num_rows), kernel.dtype), None, None, None)
+        conditioned = condition(kernel_gradient, rows, damping, num_rows, **conditioning.options)
+        return _cast(conditioned, kernel.dtype), None, None, None
 
-    return _with_gradients(lambda kernel, *_: kernel, gradients, kernel, ops.stop_gradient(rows), damping, num_rows)
+    tensors = (kernel, ops.stop_gradient(rows), conditioning.damping, num_rows)
+    return _with_gradients(lambda kernel, *_: kernel, gradients, *tensors)
 
 
-def output_conditioned_kernel(kernel, carrier, damping, num_rows=None):
+def output_conditioned_kernel(kernel, carrier, damping, num_rows=None, **options):
     """Returns `kernel` and `carrier`; in the backward pass, the kernel's gradient is conditioned on the carrier's.
 
     `carried` sends rows of the output's gradient there.
@@ -64,6 +68,7 @@ def output_conditioned_kernel(kernel, carrier, damping, num_rows=None):
         carrier: tensor of zeros `[..., rows, out]`.
         damping: scalar tensor, as it stands beside the gradients of a mean loss.
         num_rows: scalar tensor, how many of the rows count, where others are zero. Defaults to `None`: all count.
+        **options: of the conditioner.
 
     Returns:
         Tensors `[..., in, out]` and `[..., rows, out]`.
@@ -71,7 +76,7 @@ def output_conditioned_kernel(kernel, carrier, damping, num_rows=None):
 
     def gradients(output_gradients, needed, kernel, carrier, damping, num_rows):
         kernel_gradient, output_rows = output_gradients
-        conditioned = condition_outputs(kernel_gradient, output_rows, damping, num_rows)
+        conditioned = condition_outputs(kernel_gradient, output_rows, damping, num_rows, **options)
         return _cast(conditioned, kernel.dtype), None, None, None
 
     return _with_gradients(lambda kernel, carrier, *_: (kernel, carrier), gradients, kernel, carrier, damping, num_rows)
@@ -86,11 +91,21 @@ def carried(outputs, carrier, rows_of):
     return _with_gradients(lambda outputs, _: outputs, gradients, outputs, carrier)
 
 
-def scaled_gradient(tensor, scale):
-    """Returns `tensor`; in the backward pass, its gradient is multiplied by `scale`, of a shape that broadcasts to it."""
+def scaled_gradient(tensor, scale, preserve_norm=False):
+    """Returns `tensor`; in the backward pass, its gradient is multiplied by `scale`.
+
+    Args:
+        tensor: tensor.
+        scale: tensor, of a shape that broadcasts to it.
+        preserve_norm: boolean, whether the product is scaled back to the norm of the gradient.
+
+    Returns:
+        Tensor, as given.
+    """
 
     def gradients(output_gradient, needed, tensor, scale):
-        return ops.cast(output_gradient * ops.cast(scale, output_gradient.dtype), tensor.dtype), None
+        scaled = output_gradient * ops.cast(scale, output_gradient.dtype)
+        return _cast(with_norm_of(output_gradient, scaled) if preserve_norm else scaled, tensor.dtype), None
 
     return _with_gradients(lambda tensor, scale: tensor, gradients, tensor, ops.stop_gradient(scale))
 
@@ -135,6 +150,8 @@ else:
 
         def call(*present):
             def all_gradients(*output_gradients):
+                # TensorFlow hands over the gradient of a table as a sparse one.
+                output_gradients = tuple(map(_as_tensor, output_gradients))
                 output_gradients = output_gradients if len(output_gradients) > 1 else output_gradients[0]
                 results = gradients(output_gradients, [True] * len(given), *completed(present))
                 results = [result for result, is_given in zip(results, given, strict=True) if is_given]

@@ -40,6 +40,10 @@ class ISAAC(keras.optimizers.Optimizer):
         inner_optimizer: the Keras optimizer that takes the conditioned gradient: a name (`"adam"`) or a class, built with
             `learning_rate` and `kwargs`; or an instance, and then neither of them may be given. Defaults to `"sgd"`.
         name: string. Defaults to `None`: chosen by Keras.
+        relative_damping: boolean, whether the damping counts in units of each layer's own mean eigenvalue,
+            `tr(XXᵀ) / (rows min(rows, in))`, so that the scale of the inputs does not matter. Defaults to `False`.
+        preserve_norm: boolean, whether each layer's conditioned gradient is scaled to the norm of its plain gradient, so that
+            a learning rate known to work with the inner optimizer carries over. Defaults to `False`.
         output_damping: float > 0, or `None` for ISAAC proper. Conditions the output side of each kernel too, with the
             empirical Fisher matrix: `ζ = ζ* μ (μI + rGᵀG)⁻¹` for μ this damping, λ_g in the paper, and G the gradient
             `[rows, out]` of a loss that is a mean over the r rows, with respect to the layer's product. In units of the squared
@@ -73,6 +77,8 @@ class ISAAC(keras.optimizers.Optimizer):
         inner_optimizer="sgd",
         name=None,
         *,
+        relative_damping=False,
+        preserve_norm=False,
         output_damping=None,
         weight_sharing="expand",
         max_rows=1024,
@@ -85,6 +91,8 @@ class ISAAC(keras.optimizers.Optimizer):
         # The base class keeps a learning rate of its own; as in LossScaleOptimizer, the inner optimizer's is the one in use.
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = _build_inner_optimizer(inner_optimizer, learning_rate, kwargs)
+        self.relative_damping = bool(relative_damping)
+        self.preserve_norm = bool(preserve_norm)
         self.output_damping = None if output_damping is None else float(output_damping)
         self.weight_sharing = weight_sharing
         self.max_rows = max_rows
@@ -172,12 +180,16 @@ class ISAAC(keras.optimizers.Optimizer):
         with stateless:
             damping = ops.convert_to_tensor(self.damping)
             if self.output_damping is not None:
-                # The output's gradients come multiplied by the scale of the loss.
-                scale = ops.cast((outer_optimizer or self).scale_loss(ops.ones((), "float32")), "float32")
-                output_damping = self.output_damping * scale * scale
+                output_damping = ops.convert_to_tensor(self.output_damping, "float32")
+                if not self.relative_damping:
+                    # The output's gradients come multiplied by the scale of the loss.
+                    scale = ops.cast((outer_optimizer or self).scale_loss(ops.ones((), "float32")), "float32")
+                    output_damping = output_damping * scale * scale
         return scope.Conditioning(
             damping=damping,
             output_damping=output_damping,
+            relative_damping=self.relative_damping,
+            preserve_norm=self.preserve_norm,
             weight_sharing=self.weight_sharing,
             max_rows=self.max_rows,
             trains=self._trains,
@@ -294,6 +306,8 @@ class ISAAC(keras.optimizers.Optimizer):
             "name": self.name,
             "damping": damping,
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "relative_damping": self.relative_damping,
+            "preserve_norm": self.preserve_norm,
             "output_damping": self.output_damping,
             "weight_sharing": self.weight_sharing,
             "max_rows": self.max_rows,

@@ -20,7 +20,10 @@ class Conditioning:
 
     Args:
         damping: scalar tensor of the step, λ_a in the paper.
-        output_damping: scalar tensor of the step, λ_g in the paper, times the square of the scale of the loss; or `None`.
+        output_damping: scalar tensor of the step, λ_g in the paper, times the square of the scale of the loss unless it is
+            relative; or `None`.
+        relative_damping: boolean, whether the dampings are in units of the mean eigenvalue.
+        preserve_norm: boolean, whether a conditioned gradient has the norm of the plain one.
         weight_sharing: `"expand"` or `"reduce"`, how positions that share a kernel make rows.
         max_rows: integer, how many rows at most stand for all of a shared kernel's, or `None`.
         trains: function of a kernel variable, whether this optimizer updates it.
@@ -29,10 +32,17 @@ class Conditioning:
 
     damping: Any
     output_damping: Any
+    relative_damping: bool
+    preserve_norm: bool
     weight_sharing: str
     max_rows: int | None
     trains: Callable[[Any], bool]
     on_use: Callable[[], None]
+
+    @property
+    def options(self):
+        """What of it the conditioner takes by name."""
+        return {"relative_damping": self.relative_damping, "preserve_norm": self.preserve_norm}
 
 
 @contextlib.contextmanager

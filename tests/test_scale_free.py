@@ -1,0 +1,132 @@
+"""A damping in units of the mean eigenvalue, and a conditioned gradient of the plain gradient's norm."""
+
+import keras
+import numpy as np
+import oracle
+import pytest
+from cases import data, each_case
+from harness import BACKEND, run, to_numpy
+from keras import layers, ops
+from oracle import relative_error
+
+from keras_isaac import ISAAC, capture_inputs
+from keras_isaac.conditioner import conditioned_gradient
+
+SHAPES = [(5, 9, 3), (5, 9, 30), (9, 5, 3), (5, 5, 5), (1, 4, 2)]
+
+
+def relative(rows, damping):
+    """The damping, times the mean eigenvalue of each group's covariance."""
+    return [damping * np.mean(np.linalg.svd(group, compute_uv=False) ** 2) / len(group) for group in rows]
+
+
+def expected_relative(rows, matrix_of, plain, damping):
+    places = matrix_of(np.arange(plain.size).reshape(plain.shape))
+    result = np.zeros(plain.size)
+    for group, group_places, own in zip(rows, places, relative(rows, damping), strict=True):
+        result[group_places] = oracle.condition(group, plain.ravel()[group_places], own)
+    return result.reshape(plain.shape)
+
+
+@each_case()
+def test_each_layer_has_its_own_damping_and_keeps_its_own_norm(case):
+    layer, inputs, cotangent = data(case)
+    plain = run(layer, inputs, cotangent, compiled=True)
+    reading = case.read(layer, inputs)
+    names = {id(getattr(layer, name)): name for name in reading}
+    capture_inputs(layer)
+    options = {"damping": 0.5, "relative_damping": True}
+    conditioned = run(layer, inputs, cotangent, ISAAC(**options), True).gradients
+    preserved = run(layer, inputs, cotangent, ISAAC(**options, preserve_norm=True), True).gradients
+    for variable, theirs, actual, kept in zip(layer.trainable_variables, plain.gradients, conditioned, preserved, strict=True):
+        name = names.get(id(variable))
+        if name is None:
+            np.testing.assert_array_equal(actual, kept)
+            continue
+        expected = expected_relative(*reading[name], theirs, 0.5)
+        assert relative_error(actual, expected) < 3e-5
+        assert relative_error(kept, expected * (np.linalg.norm(theirs) / np.linalg.norm(expected))) < 3e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e3, 1e8])
+def test_relative_damping_makes_the_scale_of_the_inputs_a_factor(shape, scale):
+    random = np.random.default_rng(0)
+    rows, gradient = (random.normal(size=(shape[0], size)).astype("float32") for size in shape[1:])
+
+    def conditioned(rows, **options):
+        tensors = (ops.convert_to_tensor(x.astype("float32")) for x in (rows, gradient, np.asarray(0.3)))
+        return to_numpy(conditioned_gradient(*tensors, relative_damping=True, **options))
+
+    for preserve_norm in (False, True):
+        unscaled = conditioned(rows, preserve_norm=preserve_norm)
+        assert relative_error(conditioned(rows * scale, preserve_norm=preserve_norm), unscaled * np.float32(scale)) < 1e-5
+    assert np.linalg.norm(unscaled) == pytest.approx(np.linalg.norm(rows.T @ gradient), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_sides_of_the_two_parameter_method_are_relative_and_preserve_the_norm(shape):
+    random = np.random.default_rng(1)
+    rows, per_sample = (random.normal(size=(shape[0], size)) for size in shape[1:])
+    (damping,), (output_damping,) = relative([rows], 0.3), relative([per_sample], 2.0)
+    expected = oracle.kfac_gradient(rows, per_sample, damping, output_damping)
+    tensors = [ops.convert_to_tensor(np.asarray(x, "float32")) for x in (rows, per_sample / shape[0], 0.3, 2.0)]
+    actual = to_numpy(conditioned_gradient(*tensors, relative_damping=True))
+    assert relative_error(actual, expected) < 1e-5
+    actual = to_numpy(conditioned_gradient(*tensors, relative_damping=True, preserve_norm=True))
+    plain = rows.T @ per_sample / shape[0]
+    assert relative_error(actual, expected * (np.linalg.norm(plain) / np.linalg.norm(expected))) < 1e-5
+
+
+@pytest.mark.parametrize("zeros", ["rows", "gradient", "both"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_vanishes_leaves_a_gradient_that_vanishes(shape, zeros):
+    random = np.random.default_rng(2)
+    rows, gradient = (random.normal(size=(shape[0], size)).astype("float32") for size in shape[1:])
+    rows, gradient = rows * (zeros == "gradient"), gradient * (zeros == "rows")
+    tensors = [ops.convert_to_tensor(x) for x in (rows, gradient, np.float32(1.0))]
+    assert not to_numpy(conditioned_gradient(*tensors, relative_damping=True, preserve_norm=True)).any()
+
+
+def test_rows_that_are_zero_leave_the_gradient_to_others_of_a_capped_layer():
+    # The row that stands for all is zero: it says nothing of the scale.
+    inputs, cotangent = np.zeros((1, 4, 3), "float32"), np.ones((1, 4, 2), "float32")
+    inputs[0, 1:] = 1.0
+    layer = capture_inputs(layers.Dense(2, use_bias=False))
+    plain = run(layer, inputs, cotangent).gradients[0]
+    conditioned = run(layer, inputs, cotangent, ISAAC(relative_damping=True, max_rows=1)).gradients[0]
+    assert relative_error(conditioned, plain) < 1e-6
+
+
+@pytest.mark.parametrize("layer", [lambda: layers.Dense(5), lambda: layers.Conv1D(4, 3)], ids=["dense", "conv"])
+def test_scale_of_the_loss_is_a_factor_of_the_relative_two_parameter_method(layer):
+    inputs = np.random.default_rng(3).normal(size=(3, 7, 2)).astype("float32")
+    layer = capture_inputs(layer())
+    shape = layer.compute_output_shape(inputs.shape)
+    cotangent = np.random.default_rng(4).normal(size=shape).astype("float32")
+    gradients = [
+        run(layer, inputs, scale * cotangent, ISAAC(relative_damping=True, output_damping=0.5, **options)).gradients[0] / scale
+        for scale, options in ((1, {}), (1024, {"loss_scale_factor": 1024}))
+    ]
+    assert relative_error(*gradients) < 1e-5
+
+
+def test_are_saved_with_the_optimizer():
+    optimizer = ISAAC(damping=0.2, relative_damping=True, preserve_norm=True)
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
+    assert (again.relative_damping, again.preserve_norm) == (True, True)
+    assert (ISAAC().relative_damping, ISAAC().preserve_norm) == (False, False)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has sparse gradients")
+def test_sparse_gradients_stay_sparse_but_where_their_norm_is_preserved():
+    import tensorflow as tf
+
+    layer = capture_inputs(layers.Embedding(5, 3))
+    layer.build((2, 4))
+    for preserve_norm in (False, True):
+        optimizer = ISAAC(relative_damping=True, preserve_norm=preserve_norm)
+        with tf.GradientTape() as tape, optimizer.conditioning():
+            outputs = layer(np.array([[0, 1, 1, 3]]))
+        gradient = tape.gradient(outputs, layer.embeddings.value)
+        assert isinstance(gradient, tf.IndexedSlices) is not preserve_norm
