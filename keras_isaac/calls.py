@@ -113,11 +113,41 @@ class _MaskReader(keras.layers.Layer):
         return inputs
 
 
+class _MaskGiver(keras.layers.Layer):
+    """Has Keras carry a mask with its output."""
+
+    def __init__(self, mask):
+        super().__init__(autocast=False)
+        self.mask = mask
+        self.supports_masking = True
+
+    def call(self, inputs):
+        return inputs
+
+    def compute_mask(self, inputs, previous_mask):
+        return self.mask
+
+
+# A JAX tracer takes no attributes. Keras keeps its mask elsewhere, and hands it to a layer that asks or takes it from one that
+# has it. Such a layer is not to be computed again, lest the mask stay in there.
+
+
 def mask_of(inputs):
     """Returns the mask that Keras carries with a tensor, or `None`."""
     if keras.backend.backend() != "jax":
         return getattr(inputs, "_keras_mask", None)
-    # A JAX tracer takes no attributes. Keras keeps its mask elsewhere, and hands it to a layer that asks.
     masks = []
-    _MaskReader(masks.append)(inputs)
+    with keras.RematScope(mode=None):
+        _MaskReader(masks.append)(inputs)
     return masks[0]
+
+
+def with_mask(inputs, mask):
+    """Returns `inputs`, with which Keras carries `mask`; as they are if that is `None`."""
+    if mask is None:
+        return inputs
+    if keras.backend.backend() != "jax":
+        inputs._keras_mask = mask
+        return inputs
+    with keras.RematScope(mode=None):
+        return _MaskGiver(mask)(inputs)

@@ -12,6 +12,7 @@ import weakref
 import keras
 
 from keras_isaac import scope
+from keras_isaac.calls import mask_of, with_mask
 from keras_isaac.layers import adapter_of, supported_kinds
 from keras_isaac.optimizer import isaacs_in
 
@@ -251,9 +252,17 @@ def _keep_scope(layer):
 
 
 def _rematerialized_call(layer, layer_call, *args, **kwargs):
-    # The backward pass may run after the scope is closed, or in a thread of its own. And JAX remembers a trace by its function:
-    # a captured layer's `call` is the same one every time, where Keras' is a new bound method, and so needs a new one here.
-    return type(layer).rematerialized_call(layer, scope.kept(layer_call), *args, **kwargs)
+    # The backward pass may run after the scope is closed, or in a thread of its own, and Keras loses the masks on the way.
+    masks = keras.tree.map_structure(lambda value: mask_of(value) if keras.ops.is_tensor(value) else None, (args, kwargs))
+
+    # JAX remembers a trace by its function: a captured layer's `call` is the same one every time, where Keras' is a new bound
+    # method, and so needs a new one here.
+    @scope.kept
+    def call(*args, **kwargs):
+        args, kwargs = keras.tree.map_structure(with_mask, (args, kwargs), masks)
+        return layer_call(*args, **kwargs)
+
+    return type(layer).rematerialized_call(layer, call, *args, **kwargs)
 
 
 def _find_models(layer):

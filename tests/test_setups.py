@@ -212,6 +212,26 @@ def test_recomputed_layers_train_as_others(mode, run_eagerly):
     assert_differ(isaac, plain, 1e-2)
 
 
+@pytest.mark.parametrize("mode", ["full", "list_of_layers"])
+def test_recomputed_layers_see_the_masks(mode):
+    """Positions of padding are no rows, also where Keras loses the mask on the way."""
+    tokens = np.random.default_rng(0).integers(0, 9, size=(16, 5)).astype("int32")
+
+    def after(mode):
+        with keras.RematScope(mode=mode, layer_names=["projection", "attention"]):
+            inputs = keras.Input((5,), dtype="int32")
+            hidden = layers.Embedding(9, 6, mask_zero=True)(inputs)
+            hidden = layers.Dense(6, activation="tanh", name="projection")(hidden)
+            hidden = layers.MultiHeadAttention(2, 3, name="attention")(hidden, hidden)
+            model = keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(hidden)))
+            model = capture_inputs(with_random_weights(model))
+            model.compile(optimizer=ISAAC(0.1, damping=0.1), loss="mse", run_eagerly=BACKEND == "tensorflow")
+            fit(model, (tokens, regression(16)[1]), epochs=3)
+        return weights(model)
+
+    assert_close(after(mode), after(None), 1e-5)
+
+
 @pytest.mark.parametrize("scope", ["layers", "model"])
 def test_recomputed_in_a_loop_whose_backward_pass_comes_after_the_conditioning_scope(scope, request):
     if BACKEND == "tensorflow":
