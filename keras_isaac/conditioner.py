@@ -57,6 +57,7 @@ def conditioned_gradient(
     options = {"relative_damping": relative_damping, "preserve_norm": preserve_norm}
     if output_damping is None:
         return _conditioned_by_inputs(rows, output_gradient, damping, max_rows, **options)
+    _, output_damping = _in_one_dtype(rows, output_damping)
     if not relative_damping:
         output_damping = mean_loss_damping(output_damping, _num_rows(rows))
 
@@ -125,7 +126,9 @@ def condition(gradient, rows, damping, num_rows=None, *, relative_damping=False,
         # A difference: it keeps nothing of a gradient that a smaller damping would shorten by more than the dtype's digits.
         gram = rows @ _transpose(rows)
         inverse = damped_inverse(gram, _summed_damping(gram, damping, rows, num_rows, relative_damping), floor=4)
-        return gradient - _transpose(rows) @ (inverse @ (rows @ gradient))
+        # Where F∇ overflows, the gradient stays as it is; one that is not finite does so too.
+        removed = ops.nan_to_num(inverse @ (rows @ gradient), nan=0.0, posinf=0.0, neginf=0.0)
+        return gradient - _transpose(rows) @ removed
 
     def many():
         gram = _transpose(rows) @ rows

@@ -11,7 +11,7 @@ from keras import ops
 from oracle import relative_error
 
 from keras_isaac import ISAAC, capture_inputs
-from keras_isaac.conditioner import conditioned_gradient
+from keras_isaac.conditioner import condition, conditioned_gradient
 
 EPSILON = 2.0**-23
 
@@ -31,7 +31,7 @@ def eigenvalues(rows):
     return np.linalg.svd(rows.astype("float64") / np.sqrt(len(rows)), compute_uv=False) ** 2
 
 
-def condition(rows, damping):
+def condition_number(rows, damping):
     """The condition number of the matrix to invert, by which no algorithm's rounding errors can be less amplified."""
     return (eigenvalues(rows).max() + damping) / (eigenvalues(rows).min() + damping)
 
@@ -50,7 +50,7 @@ def test_is_the_oracles_to_the_conditioning_of_the_problem(problem):
     # The float32 floor of the damping is part of what is promised.
     resolved = max(damping, EPSILON * eigenvalues(rows).mean())
     expected = oracle.conditioned_gradient(rows, gradient, resolved) * (damping / resolved)
-    assert relative_error(conditioned(rows, gradient, damping), expected) < 30 * EPSILON * condition(rows, resolved)
+    assert relative_error(conditioned(rows, gradient, damping), expected) < 30 * EPSILON * condition_number(rows, resolved)
 
 
 @settings(deadline=None, max_examples=60)
@@ -143,7 +143,7 @@ def test_degenerate_rows(shape, kind, damping):
     assert np.isfinite(actual).all()
     if damping > 1e-6:
         expected = oracle.conditioned_gradient(rows, gradient, damping)
-        assert relative_error(actual, expected) < 30 * EPSILON * condition(rows, damping)
+        assert relative_error(actual, expected) < 30 * EPSILON * condition_number(rows, damping)
 
 
 def test_all_rows_zero_have_the_zero_gradient():
@@ -161,6 +161,17 @@ def test_no_scale_of_the_inputs_overflows(shape, scale):
     assert np.isfinite(actual).all()
     if scale != 1e-30:  # There a damping of the inputs' scale is below the smallest float32.
         assert relative_error(actual, expected) < (1e-5 if scale != 1e30 else np.inf)
+
+
+def test_where_few_rows_and_a_finished_gradient_overflow_it_stays_as_it_is():
+    rows, gradient = (x * np.float32(1e30) for x in normal((6, 9), (9, 4)))
+
+    def after(gradient):
+        return to_numpy(condition(*(ops.convert_to_tensor(x) for x in (gradient, rows, np.float32(0.5)))))
+
+    np.testing.assert_array_equal(after(gradient), gradient)
+    gradient[2, 1] = np.nan
+    assert np.isnan(after(gradient)[2, 1])
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)], ids=["sample side", "feature side"])
@@ -195,6 +206,11 @@ def test_float64_rows_are_conditioned_in_float64():
     rows, gradient = (x.astype("float64") for x in normal((6, 9), (6, 4)))
     result = conditioned_gradient(*(ops.convert_to_tensor(x, dtype="float64") for x in (rows, gradient, 1e-6)))
     assert relative_error(to_numpy(result), oracle.conditioned_gradient(rows, gradient, 1e-6)) < 1e-12
+    # The dampings of a step are float32.
+    rows, gradient = (ops.convert_to_tensor(x, dtype="float64") for x in (rows, gradient))
+    result = conditioned_gradient(rows, gradient, *(ops.convert_to_tensor(np.float32(0.5)) for _ in range(2)))
+    expected = oracle.kfac_gradient(to_numpy(rows), 6 * to_numpy(gradient), 0.5, 0.5)
+    assert relative_error(to_numpy(result), expected) < 1e-12
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the authors' package is PyTorch's")
