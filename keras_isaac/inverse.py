@@ -7,6 +7,8 @@ end a run over one bad batch. Here rounding may leave a singular matrix indefini
 import keras
 from keras import ops
 
+from keras_isaac.replicas import laid_out
+
 # Rows eliminated at a time. Measured on JAX, 2 CPU cores: 32 is best or near it for matrices of 128 to 512 rows. Up to 64 rows
 # one at a time is as fast, and compiles in a third of the time.
 _BLOCK, _UNBLOCKED = 32, 64
@@ -139,12 +141,5 @@ else:
         _jitted_gauss_jordan = jax.jit(gauss_jordan)
 
         def _inverse(matrix):
-            # Every device inverts it all. Split over devices, the elimination would cross them for every pivot.
-            return _on_every_device(_jitted_gauss_jordan(_on_every_device(matrix)))
-
-        def _on_every_device(matrix):
-            distribution = keras.distribution.distribution()
-            if distribution is None:
-                return matrix
-            layout = keras.distribution.TensorLayout([None] * len(matrix.shape), distribution.device_mesh)
-            return keras.distribution.distribute_tensor(matrix, layout)
+            # Every device inverts by itself. Split over devices, the elimination would cross them for every pivot.
+            return laid_out(_jitted_gauss_jordan(laid_out(matrix)))

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_isaac.conditioner import condition, condition_outputs, conditioned_gradient, with_norm_of
+from keras_isaac.replicas import mean_over_replicas
 
 
 def conditioned_matmul(rows, kernel, conditioning, max_rows=None):
@@ -27,10 +28,13 @@ def conditioned_matmul(rows, kernel, conditioning, max_rows=None):
         if needed[0]:
             rows_gradient = output_gradient @ ops.swapaxes(kernel, -2, -1)
         if needed[1]:
-            kernel_gradient = conditioned_gradient(
-                rows, output_gradient, damping, output_damping, max_rows=max_rows, **conditioning.options
-            )
-            kernel_gradient = _cast(kernel_gradient, kernel.dtype)
+
+            def conditioned(rows, output_gradient):
+                options = {"max_rows": max_rows, **conditioning.options}
+                return conditioned_gradient(rows, output_gradient, damping, output_damping, **options)
+
+            mean = mean_over_replicas if conditioning.per_replica else lambda function, *tensors: function(*tensors)
+            kernel_gradient = _cast(mean(conditioned, rows, output_gradient), kernel.dtype)
         return rows_gradient, kernel_gradient, None, None
 
     dampings = (conditioning.damping, conditioning.output_damping)

@@ -26,6 +26,7 @@ class Conditioning:
         preserve_norm: boolean, whether a conditioned gradient has the norm of the plain one.
         weight_sharing: `"expand"` or `"reduce"`, how positions that share a kernel make rows.
         max_rows: integer, how many rows at most stand for all of a shared kernel's, or `None`.
+        per_replica: boolean, whether each replica's rows make a curvature of their own.
         trains: function of a kernel variable, whether this optimizer updates it.
         on_use: called without arguments whenever a layer conditions a kernel.
     """
@@ -36,6 +37,7 @@ class Conditioning:
     preserve_norm: bool
     weight_sharing: str
     max_rows: int | None
+    per_replica: bool
     trains: Callable[[Any], bool]
     on_use: Callable[[], None]
 

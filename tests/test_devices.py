@@ -18,6 +18,8 @@ from harness import BACKEND, to_numpy
 from models import assert_close, assert_differ, fit, mlp, regression, sequence_network, sequences, weights
 
 from keras_isaac import ISAAC, capture_inputs
+from keras_isaac.conditioner import conditioned_gradient
+from keras_isaac.operations import conditioned_matmul
 
 OPTIONS = {"learning_rate": 0.2, "damping": 0.05, "momentum": 0.9}
 NUM_STEPS, BATCH_SIZE = 6, 16
@@ -142,22 +144,49 @@ def jax_distributions(dumps):
         keras.distribution.set_distribution(distribution)
         for network in (8, 32, "sequence"):
             # The plain step is there to compare what is sent.
-            for captured in (True,) if kind == "one" or network == "sequence" else (True, False):
+            kinds = ("captured",) if kind == "one" or network == "sequence" else ("captured", "plain", "per replica")
+            for trained in kinds:
                 model, data = network_and_data(network)
                 is_split = any(not v.value.sharding.is_fully_replicated for v in model.trainable_variables)
                 assert is_split == (kind == "model")
                 model.compile(optimizer=keras.optimizers.SGD(0.2), loss="mse")
-                if captured:
-                    capture_inputs(model).compile(optimizer=ISAAC(**OPTIONS), loss="mse")
+                if trained != "plain":
+                    optimizer = ISAAC(**OPTIONS, per_replica=trained == "per replica")
+                    capture_inputs(model).compile(optimizer=optimizer, loss="mse")
                 history = fit(model, data, batch_size=BATCH_SIZE)
                 (module,) = set(Path(dumps).glob("*jit_train_step*after_optimizations.txt")) - seen
                 seen.add(module)
-                results[f"{kind} {network} {'captured' if captured else 'plain'}"] = {
+                results[f"{kind} {network} {trained}"] = {
                     "losses": history.history["loss"],
                     "weights": [weight.tolist() for weight in weights(model)],
                     "sent": collectives(module.read_text()),
                 }
-    return results
+    keras.distribution.set_distribution(distributions["data"])
+    return {**results, **jax_replicas_of_groups()}
+
+
+def jax_replicas_of_groups():
+    """The gradient of a kernel of two groups over four replicas, at once and by parts; and what an uneven batch says."""
+    import jax
+
+    random = np.random.default_rng(0)
+    rows, kernel, cotangent = (random.normal(size=shape).astype("float32") for shape in ((2, 24, 5), (2, 5, 3), (2, 24, 3)))
+    dampings = np.float32([0.1, 1e-3])
+
+    def loss(kernel, rows, cotangent):
+        return keras.ops.sum(conditioned_matmul(rows, kernel, *dampings, per_replica=True) * cotangent)
+
+    try:
+        jax.grad(loss)(kernel, rows[:, :6], cotangent[:, :6])
+    except ValueError as error:
+        message = str(error)
+    parts = zip(np.split(rows, 4, axis=1), np.split(4 * cotangent, 4, axis=1), strict=True)
+    parts = [conditioned_gradient(*part, *dampings) for part in parts]
+    return {
+        "groups": to_numpy(jax.jit(jax.grad(loss))(kernel, rows, cotangent)).tolist(),
+        "groups by parts": np.mean(parts, axis=0).tolist(),
+        "uneven": message,
+    }
 
 
 def collectives(module):
@@ -230,6 +259,28 @@ def test_jax_devices_send_rows_and_their_products_once_where_rows_are_few(jax_re
     added = num_elements(captured) - num_elements(jax_results[f"{kind} {width} plain"]["sent"])
     largest = sum(BATCH_SIZE * num_in + BATCH_SIZE**2 + BATCH_SIZE * num_out for num_in, num_out in ((6, width), (width, 3)))
     assert 0 < added < largest + 16
+
+
+@needs_jax
+@each_width
+@pytest.mark.parametrize(("kind", "num_replicas"), [("data", 4), ("model", 2)])
+def test_jax_replicas_condition_on_their_own_rows_on_request(jax_results, kind, num_replicas, width):
+    """Under data parallelism, no device sends anything beside the gradients of the plain step."""
+    actual = [np.asarray(weight) for weight in jax_results[f"{kind} {width} per replica"]["weights"]]
+    assert_close(actual, numpy_training(width, num_replicas), 1e-4)
+    assert_differ(actual, numpy_training(width, 1), 1e-2)
+    if kind == "data":
+        sent, plain = (
+            [sorted(map(sorted, shapes)) for _, shapes, _ in jax_results[f"data {width} {trained}"]["sent"]]
+            for trained in ("per replica", "plain")
+        )
+        assert sent == plain
+
+
+@needs_jax
+def test_jax_replicas_of_groups_and_with_an_output_damping(jax_results):
+    assert_close([np.asarray(jax_results["groups"])], [np.asarray(jax_results["groups by parts"])], 1e-5)
+    assert "Train on batches of a multiple of 4 samples. Received: a batch that makes 6 rows" in jax_results["uneven"]
 
 
 # TensorFlow: a replica a device, each tracing the step in a thread of its own.

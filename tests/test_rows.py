@@ -51,7 +51,7 @@ def test_max_rows_in_a_sequence(max_rows, features, compiled):
 
 def test_rows_are_spread_over_samples_and_positions():
     positions = np.arange(64 * 16).reshape(64, 16, 1).astype("float32")
-    conditioning = Conditioning(1.0, None, False, False, "expand", 128, lambda kernel: True, lambda: None)
+    conditioning = Conditioning(1.0, None, False, False, "expand", 128, False, lambda kernel: True, lambda: None)
     rows, num_rows = representatives(ops.convert_to_tensor(positions), conditioning)
     chosen = to_numpy(rows).astype(int).ravel()
     assert num_rows is None
@@ -99,7 +99,7 @@ def test_reduce_in_a_convolution(compiled):
 @pytest.mark.parametrize("shape", [(8, 9, 8, 2), (100, 4, 4, 2)], ids=str)
 def test_max_rows_in_a_convolution(shape, max_rows, compiled):
     layer, inputs, cotangent = layer_and_data(layers.Conv2D(3, 3, padding="same"), *shape)
-    conditioning = Conditioning(1.0, None, False, False, "expand", max_rows, lambda kernel: True, lambda: None)
+    conditioning = Conditioning(1.0, None, False, False, "expand", max_rows, False, lambda kernel: True, lambda: None)
     options = ((3, 3), (1, 1), (1, 1), "same", conditioning)
     kept = to_numpy(jit(lambda x: patches(x, *options))(ops.convert_to_tensor(inputs)))
     every = {patch.tobytes() for patch in numpy_patches(layer, inputs)}
@@ -113,7 +113,7 @@ def test_max_rows_in_a_convolution(shape, max_rows, compiled):
 
 def test_kept_patches_of_a_convolution_are_on_an_even_grid():
     image = np.stack(np.meshgrid(np.arange(12), np.arange(12), indexing="ij"), -1).astype("float32")
-    conditioning = Conditioning(1.0, None, False, False, "expand", 4 * 16, lambda kernel: True, lambda: None)
+    conditioning = Conditioning(1.0, None, False, False, "expand", 4 * 16, False, lambda kernel: True, lambda: None)
     kept = to_numpy(patches(ops.convert_to_tensor(np.stack([image] * 4)), (1, 1), (1, 1), (1, 1), "valid", conditioning))
     grid = {tuple(place) for place in kept.reshape(-1, 2).astype(int)}
     assert grid == set(itertools.product([1, 4, 7, 10], repeat=2))
