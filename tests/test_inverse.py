@@ -6,6 +6,9 @@ from oracle import relative_error
 
 from keras_isaac.inverse import damped_inverse, gauss_jordan
 
+# Keras 3.9's `slice` on PyTorch.
+pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
+
 
 def _positive_definite(*shape, seed=0):
     factor = np.random.default_rng(seed).normal(size=(*shape, 2 * shape[-1]))

@@ -180,8 +180,7 @@ def test_a_saved_model_loads_where_the_package_is_not_installed(tmp_path):
 def test_export_equals_predict(tmp_path):
     if BACKEND == "torch":
         pytest.importorskip("torch_xla", reason="Keras exports SavedModel from PyTorch through torch_xla")
-    import tensorflow as tf
-
+    tf = pytest.importorskip("tensorflow", reason="Keras exports SavedModel through TensorFlow")
     model = capture_inputs(mlp())
     model.compile(optimizer=ISAAC(), loss="mse")
     inputs, targets = regression(16)
