@@ -33,8 +33,11 @@ def conditioned_matmul(rows, kernel, conditioning, max_rows=None):
                 options = {"max_rows": max_rows, **conditioning.options}
                 return conditioned_gradient(rows, output_gradient, damping, output_damping, **options)
 
-            mean = mean_over_replicas if conditioning.per_replica else lambda function, *tensors: function(*tensors)
-            kernel_gradient = _cast(mean(conditioned, rows, output_gradient), kernel.dtype)
+            if conditioning.per_replica:
+                kernel_gradient = mean_over_replicas(conditioned, rows, output_gradient)
+            else:
+                kernel_gradient = conditioned(rows, output_gradient)
+            kernel_gradient = _cast(kernel_gradient, kernel.dtype)
         return rows_gradient, kernel_gradient, None, None
 
     dampings = (conditioning.damping, conditioning.output_damping)
