@@ -46,6 +46,30 @@ def test_custom_loop_learns(tmp_path):
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.slow
+def test_evidence_resumes_and_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_ISAAC_RESULTS", str(tmp_path / "results"))
+    arguments = ("--tasks", "tabular", "--methods", "AdamW;ISAAC + AdamW, norm", "--seeds", 2)
+    first = run("evidence.py", *arguments, "--max-seconds", 0.0, cwd=tmp_path)
+    assert first.count("out of time") == 2
+    lines = [line for line in run("evidence.py", *arguments, cwd=tmp_path).splitlines() if line.startswith("tabular")]
+    # Five learning rates, ten with two dampings, and a second seed of the best of each.
+    assert len(lines) == 5 + 1 + 10 + 1
+    assert "tabular" not in run("evidence.py", *arguments, cwd=tmp_path)
+    runs = json.loads((tmp_path / "results" / "tabular.json").read_text())["runs"]
+    best = min((run["losses"][-1], name) for name, run in runs.items() if name.startswith("AdamW") and name.endswith("| 0"))[1]
+    mean = math.prod(runs[best[:-1] + seed]["losses"][-1] for seed in "01") ** 0.5
+    run("evidence.py", *arguments[:4], "--time", cwd=tmp_path)
+    table = run("report.py", cwd=tmp_path)
+    row = re.search(r"│ AdamW +│ +([\d.]+) │ +│ +2 │ +([\d.e-]+) │ +[\d.]+ │ +([\d.]+) │", table)
+    assert row, table
+    assert row.group(1) == best.split(" | ")[1]
+    assert math.isclose(float(row.group(2)), mean, rel_tol=1e-2)
+    assert float(row.group(3)) > 0
+    for name in ("evidence", "rates"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.fixture(scope="module")
 def overhead():
     spec = importlib.util.spec_from_file_location("overhead", EXAMPLES / "overhead.py")

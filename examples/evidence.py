@@ -1,0 +1,226 @@
+"""Trains six tasks with first-order optimizers and with ISAAC, every method over its grid, and says which needs how much.
+
+    python evidence.py                                    # all: resumes where it was stopped
+    python evidence.py --tasks cnn --methods "ISAAC + AdamW;AdamW"
+    python evidence.py --time                             # milliseconds a step, on a quiet machine
+    python report.py                                      # the tables and pictures of what is in results/
+
+Each run is kept in `results/TASK.json` (or in the folder that KERAS_ISAAC_RESULTS names) as soon as it is done. The grid is run
+with one seed; the best learning rate (and damping) of each method, by its training loss at the end, then with two more. MNIST
+comes through `keras.datasets`, or from the `.npz` file that KERAS_ISAAC_IMAGES names.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+RESULTS = Path(os.environ.get("KERAS_ISAAC_RESULTS", Path(__file__).parent / "results"))
+SEEDS = (0, 1, 2)
+NUM_CHECKS = 20
+RATES = {
+    "sgd": (10.0, 3.0, 1.0, 0.3, 0.1, 0.03),
+    "adamw": (0.01, 0.003, 0.001, 0.0003, 0.0001),
+    "muon": (0.01, 0.003, 0.001, 0.0003, 0.0001),
+}
+
+
+class Method(NamedTuple):
+    """An optimizer, by the grid of its learning rates; with `isaac`, arguments of `ISAAC`, around it."""
+
+    optimizer: str
+    options: dict
+    isaac: dict | None = None
+    dampings: tuple = (None,)
+
+
+RELATIVE = {"relative_damping": True}
+NORM = {"relative_damping": True, "preserve_norm": True}
+METHODS = {
+    "SGD": Method("sgd", {}),
+    "momentum": Method("sgd", {"momentum": 0.9}),
+    "AdamW": Method("adamw", {}),
+    "Muon": Method("muon", {}),
+    "ISAAC": Method("sgd", {}, RELATIVE, (1.0,)),
+    "ISAAC, norm": Method("sgd", {}, NORM, (0.1, 1.0)),
+    "ISAAC + momentum, norm": Method("sgd", {"momentum": 0.9}, NORM, (1.0,)),
+    "ISAAC + AdamW": Method("adamw", {}, RELATIVE, (0.1, 1.0)),
+    "ISAAC + AdamW, norm": Method("adamw", {}, NORM, (0.1, 1.0)),
+    "ISAAC + AdamW, absolute": Method("adamw", {}, {}, (0.1, 1.0)),
+    "ISAAC + AdamW, 256 rows": Method("adamw", {}, {**RELATIVE, "max_rows": 256}, (1.0,)),
+    "ISAAC + AdamW, all rows": Method("adamw", {}, {**RELATIVE, "max_rows": None}, (1.0,)),
+    "ISAAC + Muon": Method("muon", {}, RELATIVE, (1.0,)),
+}
+# Where no kernel is shared over positions, rows are not capped.
+WITHOUT_POSITIONS = ("classifier", "autoencoder", "tabular")
+
+
+class Trainer:
+    """One task under one method, compiled once for all learning rates, dampings and seeds."""
+
+    def __init__(self, task, method):
+        import keras
+
+        from keras_isaac import ISAAC, capture_inputs
+
+        self.task, self.keras = task, keras
+        self.train_data, self.test_data = task.data()
+        self.model = capture_inputs(task.build(SEEDS[0]))
+        options = dict(method.options)
+        if method.optimizer == "muon":
+            options["exclude_layers"] = ["head"]
+        classes = {"sgd": keras.optimizers.SGD, "adamw": keras.optimizers.AdamW, "muon": keras.optimizers.Muon}
+        optimizer = classes[method.optimizer](1e-3, **options)
+        self.optimizer = optimizer if method.isaac is None else ISAAC(inner_optimizer=optimizer, **method.isaac)
+        metrics = ["accuracy"] if task.metric == "accuracy" else []
+        self.model.compile(optimizer=self.optimizer, loss=task.loss(), metrics=metrics)
+        self.optimizer.build(self.model.trainable_variables)
+        self.initial = [keras.ops.convert_to_numpy(variable) for variable in self.optimizer.variables]
+
+    def reset(self, learning_rate, damping, seed):
+        """Sets weights and optimizer back."""
+        self.model.set_weights(self.task.build(seed).get_weights())
+        for variable, value in zip(self.optimizer.variables, self.initial, strict=True):
+            variable.assign(value)
+        self.optimizer.learning_rate = learning_rate
+        if damping is not None:
+            self.optimizer.damping = damping
+
+    def fit(self, first_step, last_step, seed):
+        """Trains some steps, on the same batches for all methods."""
+        import numpy as np
+
+        x, y = self.train_data
+        places = np.arange(first_step * self.task.batch_size, last_step * self.task.batch_size)
+        orders = np.random.default_rng(seed)
+        order = np.concatenate([orders.permutation(len(x)) for _ in range(places[-1] // len(x) + 1)])[places]
+        self.model.fit(x[order], y[order], batch_size=self.task.batch_size, shuffle=False, verbose=0)
+
+    def run(self, learning_rate, damping, seed):
+        """Returns the training loss after each twentieth of the steps, and of the held-out data loss and metric."""
+        self.reset(learning_rate, damping, seed)
+        x, y = self.train_data
+        losses = []
+        for check in range(NUM_CHECKS + 1):
+            if check:
+                self.fit(*(self.task.steps * each // NUM_CHECKS for each in (check - 1, check)), seed)
+            loss = self.model.evaluate(x[:1024], y[:1024], batch_size=256, verbose=0, return_dict=True)["loss"]
+            losses.append(float(f"{loss:.4g}"))
+            if not loss < 100 * losses[0]:
+                return {"losses": None}
+        held_out = self.model.evaluate(*self.test_data, batch_size=256, verbose=0, return_dict=True)
+        return {"losses": losses, **{name: float(f"{value:.4g}") for name, value in held_out.items()}}
+
+
+def key(method, learning_rate, damping, seed):
+    """Names a run."""
+    return f"{method} | {learning_rate:g} | {'' if damping is None else f'{damping:g}'} | {seed}"
+
+
+def final_loss(run):
+    """The training loss at the end, infinite where it diverged."""
+    return run["losses"][-1] if run and run["losses"] else float("inf")
+
+
+def load(task):
+    """The results of a task."""
+    path = RESULTS / f"{task}.json"
+    return json.loads(path.read_text()) if path.exists() else {"runs": {}, "milliseconds": {}}
+
+
+def save(task, results):
+    """Keeps them, one run a line."""
+    RESULTS.mkdir(exist_ok=True)
+    lines = [f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in results["runs"].items()]
+    head = f'{{"milliseconds": {json.dumps(results["milliseconds"])},\n "runs": {{\n'
+    (RESULTS / f"{task}.json").write_text(head + ",\n".join(lines) + "\n}}\n")
+
+
+def best(results, method):
+    """The learning rate and damping of the least training loss in the first seed."""
+    grid = [(rate, damping) for rate in RATES[METHODS[method].optimizer] for damping in METHODS[method].dampings]
+    done = {each: final_loss(results["runs"].get(key(method, *each, SEEDS[0]))) for each in grid}
+    return min(done, key=done.get)
+
+
+def run_grid(task_name, method_name, num_seeds, max_seconds):
+    """Runs what is missing of a method's grid, then its best with the other seeds."""
+    from tasks import TASKS
+
+    method, results = METHODS[method_name], load(task_name)
+    trainer, started = None, time.perf_counter()
+    grid = [(rate, damping, SEEDS[0]) for damping in method.dampings for rate in RATES[method.optimizer]]
+    for place in range(len(grid) + num_seeds - 1):
+        each = grid[place] if place < len(grid) else (*best(results, method_name), SEEDS[place - len(grid) + 1])
+        name = key(method_name, *each)
+        if name in results["runs"]:
+            continue
+        if time.perf_counter() - started > max_seconds:
+            print(f"{task_name}: {method_name}: out of time")
+            return
+        trainer = trainer or Trainer(TASKS[task_name], method)
+        start = time.perf_counter()
+        run = trainer.run(*each)
+        # Another process may have added runs of another method.
+        results = load(task_name)
+        results["runs"][name] = run
+        save(task_name, results)
+        print(f"{task_name}: {name}: {final_loss(run):.4g} ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def time_steps(task_name, methods, repetitions=7):
+    """Measures the methods' steps in turns: milliseconds, medians."""
+    from tasks import TASKS
+
+    trainers = {name: Trainer(TASKS[task_name], METHODS[name]) for name in methods}
+    times = {name: [] for name in trainers}
+    for repetition in range(repetitions + 1):
+        for name, trainer in trainers.items():
+            if repetition == 0:
+                trainer.reset(1e-4, None, SEEDS[0])
+            start = time.perf_counter()
+            trainer.fit(0, 1 if repetition == 0 else 5, SEEDS[0])
+            long = time.perf_counter() - start
+            start = time.perf_counter()
+            trainer.fit(0, 1, SEEDS[0])
+            if repetition:
+                times[name].append((long - (time.perf_counter() - start)) / 4)
+    results = load(task_name)
+    results["milliseconds"] |= {name: float(f"{1000 * statistics.median(each):.4g}") for name, each in times.items()}
+    save(task_name, results)
+
+
+def parse_arguments():
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=["jax", "tensorflow", "torch"], help="default: as Keras reads it")
+    parser.add_argument("--tasks", type=lambda text: text.split(","), help="default: all")
+    parser.add_argument("--methods", type=lambda text: text.split(";"), help="separated by ';' (default: all)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, of the best of each grid (default: %(default)s)")
+    parser.add_argument("--max-seconds", type=float, default=1e9, help="for one method of one task (default: none)")
+    parser.add_argument("--time", action="store_true", help="measure the time of a step instead; wants a quiet machine")
+    return parser.parse_args()
+
+
+def main():
+    """Runs what is missing."""
+    arguments = parse_arguments()
+    if arguments.backend:
+        # Keras fixes its backend when it is imported.
+        os.environ["KERAS_BACKEND"] = arguments.backend
+    from tasks import TASKS
+
+    for task in arguments.tasks or TASKS:
+        methods = [name for name in arguments.methods or METHODS if not (task in WITHOUT_POSITIONS and name.endswith("rows"))]
+        if arguments.time:
+            time_steps(task, methods)
+            continue
+        for method in methods:
+            run_grid(task, method, arguments.seeds, arguments.max_seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The tables and pictures of what `evidence.py` keeps in `results/`: who needs how many steps and seconds.
+
+    python report.py [--pictures FOLDER]
+
+A method stands with the learning rate and damping of its grid that gave the least training loss in the first seed; the losses
+are geometric means over its seeds. "Steps to AdamW" are those after which the loss is below the least of tuned AdamW, as
+a part of all steps; "seconds" likewise, by the times of a step as `evidence.py --time` measured them.
+"""
+
+import argparse
+import math
+import statistics
+from pathlib import Path
+
+from evidence import METHODS, NUM_CHECKS, RATES, RESULTS, SEEDS, best, final_loss, key, load
+
+REFERENCES = ("AdamW", "Muon")
+PICTURED = ("SGD", "AdamW", "Muon", "ISAAC, norm", "ISAAC + AdamW", "ISAAC()")
+
+
+def chosen(results, method):
+    """Returns the best rate and damping of a method, and its runs with all seeds; `None` if there is none."""
+    if not any(name.startswith(f"{method} | ") for name in results["runs"]):
+        return None
+    setting = best(results, method)
+    runs = [results["runs"].get(key(method, *setting, seed)) for seed in SEEDS]
+    runs = [run for run in runs if run and run["losses"]]
+    return (setting, runs) if runs else None
+
+
+def curve(runs):
+    """The geometric mean of the runs' losses, at each check."""
+    return [math.exp(statistics.fmean(math.log(max(loss, 1e-12)) for loss in losses)) for losses in zip_losses(runs)]
+
+
+def zip_losses(runs):
+    """The losses of all runs, check by check."""
+    return zip(*(run["losses"] for run in runs), strict=True)
+
+
+def part_to(losses, target):
+    """After which part of the steps the loss falls to `target`, between checks by its logarithm; infinite if never."""
+    for check in range(1, len(losses)):
+        if losses[check] <= target:
+            before, after = math.log(losses[check - 1]), math.log(max(losses[check], 1e-12))
+            share = (before - math.log(target)) / (before - after) if before > after else 1.0
+            return (check - 1 + min(max(share, 0.0), 1.0)) / NUM_CHECKS
+    return math.inf
+
+
+def percent(part):
+    """As a cell."""
+    return "never" if math.isinf(part) else f"{100 * part:.0f} %"
+
+
+def rows_of(results):
+    """A line of the table for each method that has results."""
+    curves = {}
+    for method in METHODS:
+        found = chosen(results, method)
+        if found:
+            curves[method] = (*found, curve(found[1]))
+    milliseconds = results["milliseconds"]
+    for method, (setting, runs, losses) in curves.items():
+        held_out = "accuracy" if "accuracy" in runs[0] else "loss"
+        cells = [method, f"{setting[0]:g}", "" if setting[1] is None else f"{setting[1]:g}", str(len(runs))]
+        cells += [f"{losses[-1]:.3g}", f"{statistics.fmean(run[held_out] for run in runs):.4g}"]
+        cells += [f"{milliseconds[method]:.1f}" if method in milliseconds else ""]
+        for reference in REFERENCES:
+            part = part_to(losses, min(curves[reference][2])) if reference in curves else math.nan
+            cells.append("" if math.isnan(part) else percent(part))
+            is_timed = method in milliseconds and reference in milliseconds and not math.isnan(part)
+            cells.append(percent(part * milliseconds[method] / milliseconds[reference]) if is_timed else "")
+        yield cells
+
+
+def print_table(task, results):
+    """Prints the table of a task."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=task)
+    table.add_column("method", no_wrap=True)
+    columns = ["rate", "damping", "seeds", "train loss", "held out", "ms a step"]
+    columns += [f"{what} to {reference}" for reference in REFERENCES for what in ("steps", "seconds")]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for cells in rows_of(results):
+        table.add_row(*cells)
+    Console(width=150).print(table)
+
+
+def save_pictures(tasks, folder):
+    """Saves the loss by step, and the last loss by learning rate."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    for name, draw in (("evidence", draw_losses), ("rates", draw_rates)):
+        figure, axes = plt.subplots(2, 3, figsize=(11, 6), constrained_layout=True, squeeze=False)
+        for axis, task in zip(axes.flat, tasks, strict=False):
+            draw(axis, load(task))
+            axis.set(title=task, yscale="log")
+            axis.grid(alpha=0.3)
+        axes[0, 0].legend(fontsize=8)
+        figure.savefig(folder / f"{name}.png", dpi=80)
+        plt.close(figure)
+        print(f"saved {folder / name}.png")
+
+
+def _style(method):
+    return {"linewidth": 2.2} if "ISAAC" in method else {"linewidth": 1.2, "linestyle": "--"}
+
+
+def draw_losses(axis, results):
+    """The training loss of each tuned method."""
+    for method in PICTURED:
+        found = method in METHODS and chosen(results, method)
+        color = f"C{PICTURED.index(method)}"
+        if found:
+            losses = curve(found[1])
+            axis.plot(
+                [100 * check / NUM_CHECKS for check in range(len(losses))], losses, label=method, color=color, **_style(method)
+            )
+    axis.set(xlabel="% of the steps", ylabel="training loss")
+
+
+def draw_rates(axis, results):
+    """The last training loss at each learning rate, with the best damping."""
+    for method in PICTURED:
+        if method not in METHODS or len(RATES[METHODS[method].optimizer]) == 1:
+            continue
+        points = []
+        for rate in RATES[METHODS[method].optimizer]:
+            runs = [results["runs"].get(key(method, rate, damping, SEEDS[0])) for damping in METHODS[method].dampings]
+            loss = min(map(final_loss, runs))
+            if math.isfinite(loss):
+                points.append((rate, loss))
+        axis.plot(
+            *zip(*points, strict=True), "o-", label=method, color=f"C{PICTURED.index(method)}", **_style(method)
+        ) if points else None
+    axis.set(xlabel="learning rate", ylabel="last training loss", xscale="log")
+
+
+def main():
+    """Reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=Path, default=Path(), help="where they go (default: here)")
+    arguments = parser.parse_args()
+    tasks = [path.stem for path in sorted(RESULTS.glob("*.json"))]
+    for task in tasks:
+        print_table(task, load(task))
+    save_pictures(tasks, arguments.pictures)
+
+
+if __name__ == "__main__":
+    main()
