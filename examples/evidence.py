@@ -50,8 +50,8 @@ METHODS = {
     "ISAAC + AdamW": Method("adamw", {}, RELATIVE, (0.1, 1.0)),
     "ISAAC + AdamW, norm": Method("adamw", {}, NORM, (0.1, 1.0)),
     "ISAAC + AdamW, absolute": Method("adamw", {}, {}, (0.1, 1.0)),
-    "ISAAC + AdamW, 256 rows": Method("adamw", {}, {**RELATIVE, "max_rows": 256}, (1.0,)),
-    "ISAAC + AdamW, all rows": Method("adamw", {}, {**RELATIVE, "max_rows": None}, (1.0,)),
+    "ISAAC + AdamW, 256 rows": Method("adamw", {}, {**RELATIVE, "max_rows": 256}, (0.1, 1.0)),
+    "ISAAC + AdamW, all rows": Method("adamw", {}, {**RELATIVE, "max_rows": None}, (0.1, 1.0)),
     "ISAAC + Muon": Method("muon", {}, RELATIVE, (1.0,)),
 }
 # Where no kernel is shared over positions, rows are not capped.

@@ -62,7 +62,7 @@ class ISAAC(keras.optimizers.Optimizer):
 
     Raises:
         ValueError: if a damping is not a finite number above 0, if `learning_rate` or `kwargs` come with an instance, if
-            `weight_sharing` is none of the two, or if `max_rows` is no integer above 0.
+            `weight_sharing` is none of the two, if `max_rows` is no integer above 0, or if a flag is no boolean.
         TypeError: if `inner_optimizer` is not an optimizer.
 
     Example:
@@ -93,11 +93,12 @@ class ISAAC(keras.optimizers.Optimizer):
         if output_damping is not None:
             _check_number("output_damping", output_damping, "a finite number above 0 or `None`")
         _check_weight_sharing(weight_sharing, max_rows)
+        _check_flags(relative_damping=relative_damping, preserve_norm=preserve_norm, per_replica=per_replica)
         # The base class keeps a learning rate of its own; as in LossScaleOptimizer, the inner optimizer's is the one in use.
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = _build_inner_optimizer(inner_optimizer, learning_rate, kwargs)
-        self.relative_damping = bool(relative_damping)
-        self.preserve_norm = bool(preserve_norm)
+        self.relative_damping = relative_damping
+        self.preserve_norm = preserve_norm
         self.output_damping = None if output_damping is None else float(output_damping)
         self.weight_sharing = weight_sharing
         self.max_rows = max_rows
@@ -359,6 +360,13 @@ def _check_weight_sharing(weight_sharing, max_rows):
     is_integer = isinstance(max_rows, numbers.Integral) and not isinstance(max_rows, bool)
     if max_rows is not None and not (is_integer and max_rows > 0):
         raise ValueError(f"`max_rows` must be an integer above 0, or `None` for all rows. Received: max_rows={max_rows!r}")
+
+
+def _check_flags(**flags):
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            hint = " The damping itself goes into `damping`." if name == "relative_damping" else ""
+            raise ValueError(f"`{name}` must be `True` or `False`.{hint} Received: {name}={flag!r}")
 
 
 def _build_inner_optimizer(inner_optimizer, learning_rate, kwargs):

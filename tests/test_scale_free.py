@@ -118,6 +118,12 @@ def test_are_saved_with_the_optimizer():
     assert (ISAAC().relative_damping, ISAAC().preserve_norm) == (False, False)
 
 
+@pytest.mark.parametrize("flag", ["relative_damping", "preserve_norm", "per_replica"])
+def test_flags_take_no_numbers(flag):
+    with pytest.raises(ValueError, match=rf"`{flag}` must be `True` or `False`.* Received: {flag}=0.5"):
+        ISAAC(**{flag: 0.5})
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has sparse gradients")
 def test_sparse_gradients_stay_sparse_but_where_their_norm_is_preserved():
     import tensorflow as tf
