@@ -59,6 +59,8 @@ def _damped_inverse_torch(matrix, damping, floor):
     damped = torch.addcmul(matrix, identity, torch.maximum(damping, least))
     # The `_ex` form neither raises nor waits for the device.
     factor, failed_at = torch.linalg.cholesky_ex(damped)
+    if matrix.device.type == "cpu" and not torch.compiler.is_compiling() and not failed_at.any():
+        return torch.cholesky_inverse(factor)
     failed = (failed_at > 0)[..., None, None]
     inverse = torch.cholesky_inverse(torch.where(failed, identity, factor))
     return torch.where(failed, inverse / (damping + trace), inverse)
