@@ -159,16 +159,17 @@ def lora(seed):
     model = transformer(seed)
     model.set_weights(_pretrained_weights())
     keras.utils.set_random_seed(seed)
-    model.trainable = False
+    # A container that is frozen has no trainable variables, so that what it contains is frozen one by one.
     pending = list(model.layers)
     while pending:
         layer = pending.pop()
         if isinstance(layer, layers.MultiHeadAttention):
             pending.extend(value for value in vars(layer).values() if isinstance(value, keras.Layer))
-        elif isinstance(layer, (layers.Dense, layers.EinsumDense)) and layer.name != "head":
-            layer.trainable = True
+        elif isinstance(layer, (layers.Dense, layers.EinsumDense)) and layer.name != "head" and hasattr(layer, "kernel"):
             layer.enable_lora(8)
             layer.bias.trainable = False
+        else:
+            layer.trainable = False
     return model
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from keras import ops
 from oracle import relative_error
 
-from keras_isaac import ISAAC, capture_inputs
+from keras_isaac import ISAAC, capture_inputs, conditioner
 from keras_isaac.conditioner import condition, conditioned_gradient
 
 EPSILON = 2.0**-23
@@ -188,7 +188,7 @@ def test_both_sides_are_one_matrix():
     rows, gradient = (ops.convert_to_tensor(x) for x in normal((8, 8), (8, 5)))
     damping = ops.convert_to_tensor(np.float32(0.5))
     sample = to_numpy(conditioned_gradient(rows, gradient, damping))
-    feature = to_numpy(condition_gradient(ops.transpose(rows) @ gradient, rows, damping))
+    feature = to_numpy(conditioner.condition(ops.transpose(rows) @ gradient, rows, damping))
     assert relative_error(sample, feature) < 1e-5
 
 
