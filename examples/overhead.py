@@ -70,12 +70,11 @@ class Benchmark:
 
 
 def added_multiplications(rows, num_in, num_out, max_rows):
-    """Gram matrix, inverse, and their products with the gradients, in the cheapest of the forms that apply."""
-    few = rows if max_rows is None else min(rows, max_rows)
-    feature_side = few * num_in**2 + num_in**3 + num_in**2 * num_out
-    woodbury = few**2 * num_in + few**3 + 2 * few * num_in * num_out + few**2 * num_out
-    sample_side = rows**2 * num_in + rows**3 + rows**2 * min(num_in, num_out)
-    return min(feature_side, woodbury, *([sample_side] if few == rows else []))
+    """Gram matrix, inverse, and their products with the gradients, in the form that the conditioner takes."""
+    from keras_isaac.summary import added_multiplications, side_of
+
+    stand_ins = rows if max_rows is None else min(rows, max_rows)
+    return added_multiplications(side_of(rows, stand_ins, num_in, True), stand_ins, num_in, num_out)
 
 
 def dense(sizes, batch, tokens=None):

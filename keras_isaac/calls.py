@@ -49,10 +49,14 @@ def _tapped(layer, tap):
         layer.activation = activation
 
 
-def conditioned(matrix, conditioning, representatives):
+def conditioned(matrix, conditioning, representatives, is_product=False):
     """Returns the kernel `[(groups,) in, out]` with its gradient conditioned on rows, of which some may not count."""
     rows, num_rows = representatives
-    return conditioned_kernel(matrix, rows, conditioning, num_rows)
+
+    def condition(matrix):
+        return conditioned_kernel(matrix, rows, conditioning, num_rows)
+
+    return conditioning.watched(condition, matrix, rows=rows, num_rows=num_rows, is_product=is_product)
 
 
 def conditioned_by_outputs(matrix, conditioning, output_shape, rows_of=lambda outputs: outputs, mask=None, num_groups=0):
@@ -86,6 +90,7 @@ def conditioned_by_outputs(matrix, conditioning, output_shape, rows_of=lambda ou
         elif not isinstance(total, int):
             total = ops.cast(total, "float32")
         damping = mean_loss_damping(ops.cast(damping, "float32"), total)
+    matrix = conditioning.watched(lambda matrix: matrix, matrix, output_rows=carrier)
     matrix, carrier = output_conditioned_kernel(matrix, carrier, damping, num_rows, **conditioning.options)
     return matrix, lambda outputs: carried(outputs, carrier, lambda gradient: output_rows(gradient)[0])
 

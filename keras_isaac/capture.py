@@ -181,12 +181,7 @@ def _opening(model, plain_step, selections):
         if not optimizers or (_IS_NNX and kwargs.get("optimizer_variables") is None):
             return plain_step(*args, **kwargs)
         if is_first:
-            if not model.built and type(model).call is not keras.Model.call:
-                # TensorFlow builds a model in its first step: do so before it, so that the layers are there to be captured.
-                # A model that has no `call` is one of built models, and of a `train_step` of its own.
-                model(keras.utils.unpack_x_y_sample_weight(args[-1] if args else kwargs["data"])[0])
-            for selection in selections:
-                selection.apply(model)
+            prepare(model, args[-1] if args else kwargs["data"])
             is_first = False
         if not model.optimizer.built and model.built:
             # Which of several optimizers trains a kernel is known once they are built.
@@ -202,6 +197,16 @@ def _opening(model, plain_step, selections):
 
     train_step.keras_isaac_selections = selections
     return train_step
+
+
+def prepare(model, data):
+    """Builds the model on `data`, where that is left to its first training step, and captures what was chosen of it."""
+    if not model.built and type(model).call is not keras.Model.call:
+        # TensorFlow builds a model in its first step: do so before it, so that the layers are there to be captured.
+        # A model that has no `call` is one of built models, and of a `train_step` of its own.
+        model(keras.utils.unpack_x_y_sample_weight(data)[0])
+    for selection in getattr(getattr(model, _STEP), "keras_isaac_selections", ()):
+        selection.apply(model)
 
 
 def _renew(model):
@@ -226,15 +231,28 @@ def is_captured(layer):
     return getattr(vars(layer).get("call"), "__func__", None) is _captured_call
 
 
+@contextlib.contextmanager
+def captured_throughout(root):
+    """Captures every supported layer in `root` inside the `with` block, to see what it would do."""
+    layers = [layer for layer, _ in walk(root) if adapter_of(layer) and "call" not in vars(layer)]
+    for layer in layers:
+        layer.call = types.MethodType(_captured_call, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.call
+
+
 def _captured_call(layer, *args, **kwargs):
     if scope.is_open():
         adapter = adapter_of(layer)
         conditionings = {}
         for kernel in adapter.kernels(layer):
-            conditioning = scope.conditioning_of(kernel) if kernel.trainable else None
+            conditioning = scope.conditioning_of(kernel)
             if conditioning is not None:
                 conditioning.on_use()
-                conditionings[id(kernel)] = conditioning
+                conditionings[id(kernel)] = conditioning.of_kernel(kernel)
         if conditionings:
             return adapter.call(layer, lambda kernel: conditionings.get(id(kernel)), *args, **kwargs)
     elif layer in _without_model:

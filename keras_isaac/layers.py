@@ -88,10 +88,10 @@ class EmbeddingAdapter:
         """`Embedding.call`, the gradient of each token's row scaled."""
         (kernel,) = EmbeddingAdapter.kernels(layer)
         conditioning = conditioning_of(kernel)
-        scale = _token_scale(layer, conditioning, inputs)
-        if layer.lora_enabled or conditioning.preserve_norm:
-            return call_with(layer, [(kernel, _conditioned_table(kernel, scale, conditioning))], inputs)
+        if layer.lora_enabled or conditioning.preserve_norm or conditioning.observe is not None:
+            return call_with(layer, [(kernel, _conditioned_table(layer, kernel, conditioning, inputs))], inputs)
         # A row's gradient is the sum of its tokens' gradients. Scaling those keeps TensorFlow's gradient sparse.
+        scale = _token_scale(*_token_frequency(layer, conditioning, inputs))
         tokens = ops.cast(inputs, "int32")
         return scaled_gradient(keras.layers.Embedding.call(layer, inputs), ops.take(scale, tokens, axis=0)[..., None])
 
@@ -114,8 +114,7 @@ class ReversibleEmbeddingAdapter:
         if not reverse:
             if keras.backend.backend() == "jax":
                 # The layer gives its output a mask, which on JAX nobody else can. There, gradients of tables are dense anyway.
-                scale = _token_scale(layer, conditioning, inputs)
-                return call_with(layer, [(kernel, _conditioned_table(kernel, scale, conditioning))], inputs)
+                return call_with(layer, [(kernel, _conditioned_table(layer, kernel, conditioning, inputs))], inputs)
             outputs = EmbeddingAdapter.call(layer, conditioning_of, inputs)
             outputs._keras_mask = keras.layers.Embedding.compute_mask(layer, inputs)
             return outputs
@@ -236,21 +235,26 @@ def _product(inputs, kernel, conditioning, mask, num_groups=0):
     """
     # What `matmul` promotes, the conditioned product is given: sparse inputs dense, integers in the kernel's dtype.
     inputs = ops.cast(_dense(inputs), kernel.dtype)
-    if len(inputs.shape) == num_groups + 2 and mask is None:
+    is_matrix, is_watched = len(inputs.shape) == num_groups + 2, conditioning.observe is not None
+    is_product = mask is None and (is_matrix or conditioning.weight_sharing == "expand")
+    if is_product and is_matrix and not is_watched:
         return conditioned_matmul(inputs, kernel, conditioning)
     shape = ops.shape(inputs)
     rows = ops.reshape(inputs, (*shape[:num_groups], -1, kernel.shape[-2]))
     output_shape = (*shape[:-1], kernel.shape[-1])
-    if mask is None and conditioning.weight_sharing == "expand":
+    if is_product and not is_watched:
         return ops.reshape(conditioned_matmul(rows, kernel, conditioning, conditioning.max_rows), output_shape)
-    kernel = conditioned(kernel, conditioning, representatives(inputs, conditioning, mask, num_groups))
+    kernel = conditioned(kernel, conditioning, representatives(inputs, conditioning, mask, num_groups), is_product)
     kernel, tap = conditioned_by_outputs(kernel, conditioning, output_shape, mask=mask, num_groups=num_groups)
     outputs = ops.reshape(ops.matmul(rows, kernel), output_shape)
     return outputs if tap is None else tap(outputs)
 
 
-def _token_scale(layer, conditioning, inputs):
-    """Returns λ (λ + count/r)⁻¹ for every row of the table, `[input_dim]`; padding does not count if the layer masks it."""
+def _token_frequency(layer, conditioning, inputs):
+    """Returns how often each row of the table is met, `[input_dim]`, as a share, and the damping that stands beside it.
+
+    Padding does not count if the layer masks it.
+    """
     tokens = ops.reshape(ops.cast(inputs, "int32"), (-1,))
     dtype = "float64" if layer.variable_dtype == "float64" else "float32"
     counted = ops.ones_like(tokens, dtype=dtype)
@@ -262,11 +266,23 @@ def _token_scale(layer, conditioning, inputs):
     if conditioning.relative_damping:
         # The trace of a covariance of one-hot rows is 1.
         damping = damping / ops.minimum(num_counted, float(layer.input_dim))
+    return frequency, damping
+
+
+def _token_scale(frequency, damping):
+    """Returns λ (λ + count/r)⁻¹ for every row of the table, `[input_dim]`."""
     return damping / (damping + frequency)
 
 
-def _conditioned_table(kernel, scale, conditioning):
-    return scaled_gradient(ops.convert_to_tensor(kernel), scale[:, None], conditioning.preserve_norm)
+def _conditioned_table(layer, kernel, conditioning, inputs):
+    """Returns the table with its gradient conditioned, as a dense one."""
+    frequency, damping = _token_frequency(layer, conditioning, inputs)
+    scale = _token_scale(frequency, damping)[:, None]
+
+    def condition(table):
+        return scaled_gradient(table, scale, conditioning.preserve_norm)
+
+    return conditioning.watched(condition, ops.convert_to_tensor(kernel), rows=inputs, frequency=frequency)
 
 
 def _dense(inputs):

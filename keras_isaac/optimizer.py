@@ -205,7 +205,7 @@ class ISAAC(keras.optimizers.Optimizer):
         )
 
     def _trains(self, variable):
-        return self._trained_variables is None or id(variable) in self._trained_variables
+        return variable.trainable and (self._trained_variables is None or id(variable) in self._trained_variables)
 
     def _take_part(self):
         self._took_part = True

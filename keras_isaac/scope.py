@@ -29,6 +29,9 @@ class Conditioning:
         per_replica: boolean, whether each replica's rows make a curvature of their own.
         trains: function of a kernel variable, whether this optimizer updates it.
         on_use: called without arguments whenever a layer conditions a kernel.
+        observe: function that takes the place of every conditioning, to see what it is about: of the kernel variable, a
+            function that conditions a matrix, the matrix, and what is known of its rows (see `watched`). It returns the matrix
+            to use. `None` in training.
     """
 
     damping: Any
@@ -40,6 +43,23 @@ class Conditioning:
     per_replica: bool
     trains: Callable[[Any], bool]
     on_use: Callable[[], None]
+    observe: Callable[..., Any] | None = None
+
+    def of_kernel(self, kernel):
+        """Returns this for one kernel, of which `observe` is told."""
+        return self if self.observe is None else dataclasses.replace(self, observe=functools.partial(self.observe, kernel))
+
+    def watched(self, condition, matrix, **known):
+        """Returns `condition(matrix)`, or what `observe` makes of it.
+
+        Args:
+            condition: function that returns its argument, a tensor `[(groups,) in, out]`, with its gradient conditioned.
+            matrix: that tensor.
+            **known: `rows` and `num_rows` as in `representatives`, and `is_product`, whether the gradient of the rows' product
+                is at hand in training; for a table, tokens for `rows`, and `frequency`, the share of each token; or
+                `output_rows`, if it is the outputs that `condition` is about.
+        """
+        return condition(matrix) if self.observe is None else self.observe(condition, matrix, **known)
 
     @property
     def options(self):

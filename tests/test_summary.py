@@ -1,7 +1,143 @@
-import keras
-from keras import layers
+import re
 
-from keras_isaac import capture_inputs, kernel_status
+import keras
+import numpy as np
+import pytest
+from cases import data, each_case
+from keras import layers
+from models import mlp, sequence_network, sequences
+
+import keras_isaac
+from keras_isaac import ISAAC, capture_inputs, conditioner, kernel_status
+
+
+@each_case()
+def test_kernels_meet_what_they_meet_in_training(case):
+    layer, inputs, _ = data(case)
+    tensor = keras.Input(batch_shape=inputs.shape, dtype=inputs.dtype)
+    model = keras.Model(tensor, layer(tensor))
+    # Also of layers that are not captured.
+    found = {status.path: status for status in keras_isaac.summary(model)}
+    for attribute, (rows, matrix_of) in case.read(layer, inputs).items():
+        kernel = getattr(layer, attribute)
+        status = found[kernel.path]
+        groups, num_rows, num_in = rows.shape
+        if case.vocabulary:
+            num_rows = inputs.size
+        assert (status.groups, status.rows, status.num_in) == (groups, num_rows, num_in)
+        assert matrix_of(np.zeros(kernel.shape)).shape == (groups, num_in, status.num_out)
+        products = 0 if case.vocabulary else 3 * groups * num_rows * num_in * status.num_out
+        assert (status.calls, status.multiplications, status.added) == (1, products, 0)
+        assert status.reason == "not captured"
+
+
+@pytest.mark.parametrize(
+    ("options", "sides"),
+    [
+        ({}, {"diagonal", "feature", "sample"}),
+        ({"max_rows": 5}, {"diagonal", "sample", "Woodbury"}),
+        ({"weight_sharing": "reduce"}, {"diagonal", "sample", "Woodbury"}),
+    ],
+    ids=["all-rows", "max-rows", "reduce"],
+)
+def test_the_inverses_of_a_step_are_those_of_the_table(options, sides, monkeypatch):
+    def recorded(matrix, *args, **kwargs):
+        sizes.append(matrix.shape[-1])
+        return damped_inverse(matrix, *args, **kwargs)
+
+    sizes, damped_inverse = [], conditioner.damped_inverse
+    monkeypatch.setattr(conditioner, "damped_inverse", recorded)
+    x, y = sequences(num=4)
+    model = capture_inputs(sequence_network())
+    model.compile(optimizer=ISAAC(**options), loss="mse")
+    found = keras_isaac.summary(model, batch_size=4)
+    assert sizes == []
+    model.train_on_batch(x, y)
+    assert {status.side for status in found} == sides
+    size_of = {"sample": "rows", "Woodbury": "stand_ins", "feature": "num_in"}
+    assert sorted(sizes) == sorted(getattr(status, size_of[status.side]) for status in found if status.side != "diagonal")
+
+
+def test_multiplications():
+    """Worked out by hand from the forms of the conditioner."""
+    inputs = keras.Input((16, 20))
+    hidden = layers.Dense(12, name="long")(inputs)
+    hidden = layers.Dense(12, name="long_too", trainable=False)(hidden)
+    model = capture_inputs(keras.Model(inputs, layers.Dense(3, name="wide")(layers.Flatten()(hidden))))
+    long, frozen, wide = keras_isaac.summary(model, batch_size=5)
+    assert (long.side, long.stand_ins) == ("feature", 80)
+    assert (long.multiplications, long.added) == (3 * 80 * 20 * 12, 80 * 20**2 + 20**3 + 20**2 * 12)
+    assert (frozen.reason, frozen.multiplications, frozen.added) == ("frozen", 2 * 80 * 12 * 12, 0)
+    assert (wide.side, wide.added) == ("sample", 5**2 * 192 + 5**3 + 5**2 * 3)
+    model.compile(optimizer=ISAAC(max_rows=10, output_damping=1.0))
+    long, _, wide = keras_isaac.summary(model, batch_size=5)
+    assert (long.side, long.stand_ins) == ("Woodbury", 10)
+    outputs = 10**2 * 12 + 10**3 + 2 * 10 * 12 * 20 + 10**2 * 20
+    assert long.added == 10**2 * 20 + 10**3 + 2 * 10 * 20 * 12 + 10**2 * 12 + outputs
+    # Five rows of three outputs: the feature side.
+    assert wide.added == 5**2 * 192 + 5**3 + 5**2 * 3 + 5 * 3**2 + 3**3 + 3**2 * 192
+
+
+def test_the_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    model = capture_inputs(mlp(features=200, width=100), exclude=".*head")
+    model.compile(optimizer="sgd")
+    keras_isaac.summary(model, batch_size=60)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    text = " ".join(printed.split())
+    # P takes 60² · 200 + 60³ + 60² · 100 multiplications, the layer 3 · 60 · 200 · 100, and the head 3 · 60 · 100 · 3.
+    assert re.search(r"hidden/\S+ 60 x 200 x 100 sample \+36.0 % \+35.5 % ", text)
+    assert re.search(r"head/\S+ 60 x 100 x 3 plain: not captured", text)
+    assert "The model is compiled with SGD, which conditions nothing. Under ISAAC: 1 of 2 trainable kernels are" in text
+    assert "(20,000 of 20,300 parameters, 98.5 %). Multiplications added to a step: +35.5 %." in text
+
+
+class Own(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.table, self.unused, self.top = layers.Embedding(9, 3), layers.Dense(2), layers.Dense(3)
+
+    def call(self, inputs):
+        if not self.unused.built:
+            self.unused(keras.ops.ones((1, 3)))
+        return self.top(self.top(self.table(inputs["tokens"])))
+
+
+def test_a_model_with_a_call_of_its_own_and_shared_layers():
+    model = Own()
+    tokens = {"tokens": np.ones((3, 4), "int32")}
+    with pytest.raises(ValueError, match=r"`summary` reads a model that is built\. Give '.*' an `Input`, or call it"):
+        keras_isaac.summary(model)
+    model(tokens)
+    before = [keras.ops.convert_to_numpy(weight) for weight in model.weights]
+    table, unused, top = keras_isaac.summary(capture_inputs(model), batch_size=8)
+    assert (table.side, table.rows, table.added) == ("diagonal", 32, 9 + 32 * 3)
+    assert unused.reason == "not called in training"
+    assert (top.calls, top.rows, top.multiplications) == (2, 32, 2 * 3 * 32 * 3 * 3)
+    assert top.added == 2 * (32 * 3**2 + 3**3 + 3**2 * 3)
+    for weight, value in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(weight), value)
+
+
+def test_sizes_that_are_open():
+    model = capture_inputs(keras.Sequential([keras.Input((None, 4)), layers.Dense(3)]))
+    with pytest.raises(ValueError, match=r"`summary\(model, inputs=x\)`, with a batch of inputs.*\(None, None, 4\)"):
+        keras_isaac.summary(model)
+    assert keras_isaac.summary(model, inputs=np.ones((2, 5, 4)))[0].rows == 10
+    assert keras_isaac.summary(model, batch_size=8, inputs=np.ones((2, 5, 4)))[0].rows == 40
+    with pytest.raises(TypeError, match=r"`summary` takes a `keras.Model`\. Received: model=.* \(of type Dense\)"):
+        keras_isaac.summary(layers.Dense(3))
+
+
+def test_kernels_of_another_optimizer_are_plain():
+    model = capture_inputs(mlp())
+    inner = keras.optimizers.OptimizerMap(keras.optimizers.SGD(), {".*head.*": ISAAC()})
+    model.compile(optimizer=keras.optimizers.MultiOptimizer(inner), loss="mse")
+    model.optimizer.build(model.trainable_variables)
+    hidden, head = keras_isaac.summary(model)
+    assert (hidden.reason, hidden.added) == ("trained by another optimizer", 0)
+    assert (head.reason, head.side) == (None, "feature")
 
 
 def test_every_kernel_is_accounted_for():
