@@ -1,0 +1,307 @@
+"""What training shows of the curvature: the `CurvatureMonitor` callback."""
+
+import contextlib
+import dataclasses
+import functools
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_isaac import scope
+from keras_isaac.capture import prepare
+from keras_isaac.operations import carried
+from keras_isaac.optimizer import isaacs_in
+from keras_isaac.summary import run_on_shapes
+
+_QUANTITIES = {
+    "effective_rank": "effective rank of the inputs",
+    "damped_eigenvalue": "largest eigenvalue / damping",
+    "norm_ratio": "conditioned / plain gradient",
+    "cosine": "cosine between the two",
+}
+_TINY = 1e-37
+
+
+class CurvatureMonitor(keras.callbacks.Callback):
+    """Callback that measures, on a batch held aside, what conditioning does to every conditioned kernel.
+
+    With X the input rows of a layer, of which the conditioner takes r, and M = XᵀX/r, four numbers a kernel:
+
+    - `effective_rank`: tr(M)²/tr(M²), how many directions the inputs fill, from 1 to the number of features. It is R₀ of
+      [Bartlett et al., 2020](https://arxiv.org/abs/1906.11300).
+    - `damped_eigenvalue`: the largest eigenvalue of M over the damping λ. Far below 1, conditioning does nothing; the gradient
+      along that direction is divided by 1 plus this number.
+    - `norm_ratio`: the norm of the conditioned gradient over that of the plain one.
+    - `cosine`: the cosine of the angle between them.
+
+    Of several groups or calls of a layer it is the mean rank and the largest eigenvalue. With an `output_damping`, both
+    gradients are those that are conditioned on the outputs. The numbers are of the loss without what regularizers add.
+
+    They stand in the `logs` of every epoch, the last ones measured, by the name of the kernel: `"dense/kernel/cosine"`.
+    `History` has them there; put other callbacks that read logs, such as `CSVLogger` and `TensorBoard`, behind this one in the
+    list. All measurements are in the attribute `history`: `"step"` and the same keys, a list each. Training is not altered:
+    weights, statistics, seeds, metrics and the optimizer's state are those of a run without it.
+
+    A measurement takes about one training step on `data`.
+
+    Args:
+        data: tuple `(x, y)` or `(x, y, sample_weight)`, one batch of arrays as for `train_on_batch`.
+        every_steps: integer, measures before the first step and then every so many. Defaults to `100`.
+
+    Raises:
+        TypeError: if `data` is no such tuple.
+        ValueError: if `every_steps` is no integer above 0 or, in training, if the model is not compiled with `ISAAC` or no
+            kernel of it is conditioned.
+
+    Example:
+    >>> import keras
+    >>> from keras_isaac import ISAAC, capture_inputs
+    >>> from keras_isaac.callbacks import CurvatureMonitor
+    >>> model = capture_inputs(keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)]))
+    >>> model.compile(optimizer=ISAAC(learning_rate=0.1, damping=1.0), loss="mse")
+    >>> x, y = keras.random.normal((64, 8)), keras.random.normal((64, 4))
+    >>> monitor = CurvatureMonitor(data=(x[:16], y[:16]), every_steps=2)
+    >>> history = model.fit(x, y, batch_size=16, callbacks=[monitor], verbose=0)
+    >>> monitor.history["step"]
+    [0, 2]
+    """
+
+    def __init__(self, data, every_steps=100):
+        super().__init__()
+        if not isinstance(data, tuple) or len(data) not in (2, 3):
+            raise TypeError(
+                "`data` must be a tuple `(x, y)` or `(x, y, sample_weight)`, one batch. "
+                f"Received: data of type {type(data).__name__}{f' and length {len(data)}' if isinstance(data, tuple) else ''}"
+            )
+        if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
+            raise ValueError(f"`every_steps` must be an integer above 0. Received: every_steps={every_steps!r}")
+        self.data = data
+        self.every_steps = every_steps
+        self.history = {}
+
+    def on_train_begin(self, logs=None):
+        """Starts a new history."""
+        self.history = {"step": []}
+        self._measure = None
+        self._epoch_start = self._next_in_epoch = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Counts the steps of the epochs before."""
+        self._epoch_start = self._next_in_epoch
+
+    # Keras runs what reads the end of a batch in step with training, on JAX too, which then waits for every step.
+    def on_train_batch_begin(self, batch, logs=None):
+        """Measures, if it is time."""
+        step = self._epoch_start + batch
+        self._next_in_epoch = step + self.model.steps_per_execution
+        steps = self.history["step"]
+        if steps and step < steps[-1] + self.every_steps:
+            return
+        if self._measure is None:
+            self._measure = _measurement(self.model, self.data)
+        if keras.backend.backend() == "jax":
+            # In `fit`, the state is not in the variables.
+            self.model.jax_state_sync()
+        steps.append(step)
+        for path, values in self._measure().items():
+            for quantity, value in zip(_QUANTITIES, values, strict=True):
+                self.history.setdefault(f"{path}/{quantity}", []).append(float(value))
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Adds the last measurement to the logs."""
+        if logs is not None:
+            logs.update({key: values[-1] for key, values in self.history.items() if key != "step"})
+
+    def plot(self):
+        """Draws the four quantities by step, a line a kernel.
+
+        Returns:
+            The Matplotlib figure.
+
+        Raises:
+            ImportError: if Matplotlib is not installed.
+            ValueError: if nothing has been measured.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "`plot` draws with Matplotlib, which is not installed. Write `pip install matplotlib`."
+            ) from error
+        if not self.history.get("step"):
+            raise ValueError("There is nothing to plot before a `fit`: write `model.fit(..., callbacks=[monitor])` first.")
+        figure = Figure(figsize=(10, 6), constrained_layout=True)
+        for axis, (quantity, label) in zip(figure.subplots(2, 2).flat, _QUANTITIES.items(), strict=True):
+            for key, values in self.history.items():
+                path, _, name = key.rpartition("/")
+                if name == quantity:
+                    axis.plot(self.history["step"], values, label=path)
+            axis.set(title=label, xlabel="step", yscale="linear" if quantity == "cosine" else "log")
+            axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+        return figure
+
+
+def _measurement(model, data):
+    """Returns a function that measures, and returns the four numbers of every conditioned kernel by its path."""
+    optimizers = isaacs_in(model.optimizer)
+    if not optimizers:
+        raise ValueError(
+            "`CurvatureMonitor` shows what `ISAAC` does: compile the model with `keras_isaac.ISAAC`. "
+            f"Received: optimizer={model.optimizer}"
+        )
+    data = keras.tree.map_structure(ops.convert_to_tensor, data)
+    prepare(model, data)
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+    found = []
+
+    def forward(data, twins=()):
+        """Returns the loss, and the rank and the eigenvalue of each meeting, in the order of the twins."""
+        found.clear()
+        spectra, twins = [], iter(twins)
+
+        def observe(conditioning, kernel, condition, matrix, output_rows=None, **known):
+            if output_rows is not None:
+                return matrix
+            found.append((kernel, tuple(matrix.shape), keras.backend.standardize_dtype(matrix.dtype)))
+            spectra.append(_spectrum(conditioning, **known))
+            # The gradients of the twins are those of the kernel, as it comes from the layer and as it is conditioned.
+            matrix = condition(carried(matrix, next(twins, ops.zeros_like(matrix)), lambda gradient: gradient))
+            return carried(matrix, next(twins, ops.zeros_like(matrix)), lambda gradient: gradient)
+
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with contextlib.ExitStack() as stack:
+            for optimizer in optimizers:
+                conditioning = optimizer.conditioning_of_step(outer_optimizer=model.optimizer)
+                observed = functools.partial(observe, conditioning)
+                stack.enter_context(scope.opened(dataclasses.replace(conditioning, on_use=lambda: None, observe=observed)))
+            outputs = model(x, training=True)
+            loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=True)
+        return model.optimizer.scale_loss(loss), spectra
+
+    # Once without values, to know what the kernels meet.
+    run_on_shapes(lambda data: forward(data)[0], keras.tree.map_structure(_spec, data))
+    if not found:
+        raise ValueError(
+            f"No kernel of '{model.name}' is conditioned, so that there is nothing to monitor. Write "
+            "`model = keras_isaac.capture_inputs(model)`; `keras_isaac.summary(model)` says why a kernel is plain."
+        )
+    meetings = list(found)
+    calls = {}
+    for place, (kernel, *_) in enumerate(meetings):
+        calls.setdefault(kernel.path, []).append(place)
+
+    variables = list({id(variable): variable for variable in (*model.variables, *model.optimizer.variables)}.values())
+
+    def measure(data, values):
+        # What a forward pass assigns is forgotten.
+        with keras.StatelessScope(list(zip(variables, values, strict=True)), collect_losses=True):
+            twins = [ops.zeros(shape, dtype) for _, shape, dtype in meetings for _ in range(2)]
+            spectra, gradients = _gradients(functools.partial(forward, data), twins)
+            gradients = [ops.cast(gradient, "float32") for gradient in gradients]
+            return ops.stack([_numbers(places, spectra, gradients[::2], gradients[1::2]) for places in calls.values()])
+
+    run = _compiled(measure, variables)
+    return lambda: dict(zip(calls, ops.convert_to_numpy(run(data)), strict=True))
+
+
+def _spec(tensor):
+    return keras.KerasTensor(tensor.shape, keras.backend.standardize_dtype(tensor.dtype))
+
+
+def _spectrum(conditioning, rows, num_rows=None, frequency=None, is_product=False):
+    """Returns the effective rank of M = XᵀX/r, and its largest eigenvalue over the damping, as float32."""
+    damping = ops.cast(conditioning.damping, "float32")
+    if frequency is not None:
+        # One-hot rows: M is diagonal.
+        trace, squares, largest = ops.sum(frequency), ops.sum(ops.square(frequency)), ops.max(frequency)
+        return _ratio(trace * trace, squares), ops.cast(largest, "float32") / damping
+    rows = ops.cast(rows, "float32")
+    num_rows = ops.cast(rows.shape[-2] if num_rows is None else num_rows, "float32")
+    transposed = ops.swapaxes(rows, -2, -1)
+    # The smaller of the two that have these eigenvalues.
+    gram = (rows @ transposed if rows.shape[-2] < rows.shape[-1] else transposed @ rows) / ops.maximum(num_rows, 1.0)
+    trace, squares = ops.sum(ops.diagonal(gram, axis1=-2, axis2=-1), axis=-1), ops.sum(gram * gram, axis=(-2, -1))
+    largest = ops.max(_largest_eigenvalue(gram))
+    return ops.mean(_ratio(trace * trace, squares)), largest / damping
+
+
+def _largest_eigenvalue(gram):
+    """Returns the largest eigenvalue of `[..., k, k]`, by 32 steps of the power iteration, in few operations."""
+    power = gram
+    for _ in range(3):
+        power = power / _length(power)
+        power = power @ power
+    vector = ops.broadcast_to(
+        np.random.default_rng(0).normal(size=(gram.shape[-1], 1)).astype("float32"), (*gram.shape[:-1], 1)
+    )
+    for _ in range(4):
+        vector = power @ vector
+        vector = vector / _length(vector)
+    return ops.sum(vector * (gram @ vector), axis=(-2, -1))
+
+
+def _length(matrix):
+    return ops.maximum(ops.sqrt(ops.sum(matrix * matrix, axis=(-2, -1), keepdims=True)), _TINY)
+
+
+def _ratio(numerator, denominator):
+    return ops.cast(numerator / ops.maximum(denominator, _TINY), "float32")
+
+
+def _numbers(places, spectra, conditioned, plain):
+    """Returns the four numbers of a kernel, given the places of its calls, as a tensor."""
+    rank = sum(spectra[place][0] for place in places) / len(places)
+    eigenvalue = functools.reduce(ops.maximum, (spectra[place][1] for place in places))
+    conditioned, plain = (ops.reshape(sum(each[place] for place in places), (-1,)) for each in (conditioned, plain))
+    lengths = [ops.sqrt(ops.sum(each * each)) for each in (conditioned, plain)]
+    cosine = _ratio(ops.sum(conditioned * plain), lengths[0] * lengths[1])
+    return ops.stack([rank, eigenvalue, _ratio(*lengths), cosine])
+
+
+# Each backend has `_gradients(function, tensors)`, which returns what `function` returns beside a loss, and the gradients of
+# that loss; and `_compiled(measure, variables)`, which returns `measure` as a function of the data, the present values given.
+
+if keras.backend.backend() == "jax":
+    import jax
+
+    def _gradients(function, tensors):
+        gradients, beside = jax.grad(function, has_aux=True)(tensors)
+        return beside, gradients
+
+    def _compiled(measure, variables):
+        compiled = jax.jit(measure)
+        return lambda data: compiled(data, [variable.value for variable in variables])
+
+elif keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    def _gradients(function, tensors):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(tensors)
+            loss, beside = function(tensors)
+        gradients = tape.gradient(loss, tensors, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        # A table has sparse ones.
+        return beside, [tf.convert_to_tensor(gradient) for gradient in gradients]
+
+    def _compiled(measure, variables):
+        return tf.function(lambda data: measure(data, [variable.value for variable in variables]), autograph=False)
+
+else:
+    import torch
+
+    def _gradients(function, tensors):
+        loss, beside = function([tensor.requires_grad_() for tensor in tensors])
+        return beside, torch.autograd.grad(loss, tensors, materialize_grads=True)
+
+    def _compiled(measure, variables):
+        def run(data):
+            # Dropout without a seed draws from PyTorch's own.
+            devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+            with torch.random.fork_rng(devices=devices), torch.enable_grad():
+                return measure(data, [variable.value for variable in variables]).detach()
+
+        return run

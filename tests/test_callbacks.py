@@ -1,0 +1,202 @@
+"""The monitor's numbers against NumPy, where they appear, and that training does not notice."""
+
+import csv
+import sys
+
+import keras
+import numpy as np
+import oracle
+import pytest
+from harness import BACKEND, to_numpy
+from keras import layers
+from models import fit, mlp, regression, sequences, with_random_weights
+
+from keras_isaac import ISAAC, capture_inputs
+from keras_isaac.callbacks import CurvatureMonitor
+
+# PyTorch executes one step at a time.
+STEPS = 1 if BACKEND == "torch" else 2
+QUANTITIES = ("effective_rank", "damped_eigenvalue", "norm_ratio", "cosine")
+
+
+def expected_numbers(rows, gradient, damping):
+    """By singular values, in float64."""
+    eigenvalues = np.linalg.svd(rows / np.sqrt(len(rows)), compute_uv=False) ** 2
+    conditioned = oracle.condition(rows, gradient, damping)
+    norms = np.linalg.norm(conditioned), np.linalg.norm(gradient)
+    return [
+        eigenvalues.sum() ** 2 / (eigenvalues**2).sum(),
+        eigenvalues.max() / damping,
+        norms[0] / norms[1],
+        (conditioned * gradient).sum() / np.prod(norms),
+    ]
+
+
+def numbers(monitor, path, step=-1):
+    return [monitor.history[f"{path}/{quantity}"][step] for quantity in QUANTITIES]
+
+
+def monitored(model, data, batch, epochs=1, **kwargs):
+    monitor = CurvatureMonitor(batch, every_steps=2)
+    fit(model, data, epochs=epochs, callbacks=[monitor], **kwargs)
+    return monitor
+
+
+@pytest.mark.parametrize("num", [4, 16], ids=["fewer-rows", "more-rows"])
+def test_dense_layers_after_some_steps(num):
+    data = regression(64)
+    x, y = (each[:num] for each in data)
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(0.1, damping=0.2), loss="mse")
+    monitor = monitored(model, data, (x, y), batch_size=16)
+    assert monitor.history["step"] == [0, 2]
+    # The state of the second measurement: that after two steps.
+    twin = capture_inputs(mlp())
+    twin.compile(optimizer=ISAAC(0.1, damping=0.2), loss="mse")
+    fit(twin, [each[:32] for each in data], batch_size=16)
+    kernel, bias, top, top_bias = (to_numpy(weight) for weight in twin.trainable_variables)
+    hidden = np.tanh(x @ kernel + bias)
+    error = 2 * (hidden @ top + top_bias - y) / y.size
+    gradients = {"head": (hidden, hidden.T @ error), "hidden": (x, x.T @ (error @ top.T * (1 - hidden**2)))}
+    for name, (rows, gradient) in gradients.items():
+        path = model.get_layer(name).kernel.path
+        np.testing.assert_allclose(numbers(monitor, path), expected_numbers(rows, gradient, 0.2), rtol=2e-3)
+
+
+def test_tables_groups_and_shared_layers():
+    tokens = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(7, 4, name="table")(tokens)
+    x = layers.DepthwiseConv1D(2, name="depthwise")(x)
+    shared = layers.Dense(4, name="shared")
+    x = shared(shared(x))
+    model = with_random_weights(capture_inputs(keras.Model(tokens, layers.Dense(3)(layers.Flatten()(x)))))
+    model.compile(optimizer=ISAAC(damping=0.2), loss="mse")
+    x, y = sequences(8)
+    table = to_numpy(model.get_layer("table").embeddings)
+    monitor = monitored(model, (x, y), (x, y))
+    frequency = np.bincount(x.ravel(), minlength=7) / x.size
+    rank, eigenvalue, *_ = numbers(monitor, "table/embeddings", 0)
+    np.testing.assert_allclose([rank, eigenvalue], [1 / (frequency**2).sum(), frequency.max() / 0.2], rtol=1e-5)
+    patches = np.stack([table[x][:, :-1], table[x][:, 1:]], axis=-1).reshape(-1, 4, 2)
+    spectra = [np.linalg.eigvalsh(patches[:, channel].T @ patches[:, channel] / len(patches)) for channel in range(4)]
+    rank, eigenvalue, *_ = numbers(monitor, "depthwise/kernel", 0)
+    np.testing.assert_allclose(rank, np.mean([each.sum() ** 2 / (each**2).sum() for each in spectra]), rtol=1e-4)
+    np.testing.assert_allclose(eigenvalue, np.max(spectra) / 0.2, rtol=2e-3)
+    assert len(monitor.history) == 1 + 4 * 4
+    for path in ("table/embeddings", "depthwise/kernel", "shared/kernel"):
+        _, _, norm_ratio, cosine = numbers(monitor, path, 0)
+        assert 0 < norm_ratio < 1
+        assert norm_ratio < cosine < 1
+
+
+def test_a_huge_damping_is_the_plain_gradient():
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(damping=1e8), loss="mse")
+    monitor = monitored(model, regression(16), regression(8))
+    assert numbers(monitor, model.get_layer("hidden").kernel.path)[2:] == pytest.approx([1, 1], abs=1e-5)
+
+
+def noisy():
+    """A network with all that a forward pass may change."""
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, kernel_regularizer="l2", activity_regularizer="l2"),
+            layers.BatchNormalization(),
+            layers.Dropout(0.3),
+            layers.GaussianNoise(0.1, seed=3),
+            layers.Dense(3),
+        ]
+    )
+    return capture_inputs(with_random_weights(model))
+
+
+@pytest.mark.parametrize("around", ["ISAAC", "LossScaleOptimizer"])
+def test_a_monitored_run_is_the_run_without(around):
+    runs = []
+    for watched in (False, True):
+        keras.utils.set_random_seed(1)
+        model = noisy()
+        optimizer = ISAAC(0.1, damping=0.3, momentum=0.9, output_damping=1.0 if around == "ISAAC" else None)
+        if around == "LossScaleOptimizer":
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        model.compile(optimizer=optimizer, loss="mse", metrics=["mae"])
+        monitor = CurvatureMonitor(regression(8), every_steps=1)
+        history = fit(model, regression(64), epochs=2, callbacks=[monitor] if watched else [], validation_data=regression(8))
+        state = [to_numpy(v) for v in (*model.variables, *model.optimizer.variables, *model.metrics_variables)]
+        losses = {key: values for key, values in history.history.items() if "/" not in key}
+        runs.append((losses, state))
+    assert runs[0][0] == runs[1][0]
+    assert len(runs[0][1]) == len(runs[1][1])
+    for without, watched in zip(runs[0][1], runs[1][1], strict=True):
+        np.testing.assert_array_equal(without, watched)
+    assert monitor.history["step"] == list(range(8))
+
+
+def test_logs_have_the_same_keys_every_epoch(tmp_path):
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(), loss="mse", steps_per_execution=STEPS)
+    monitor, logger = CurvatureMonitor(regression(8), every_steps=5), keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    history = fit(model, regression(64), epochs=3, callbacks=[monitor, logger])
+    # Four steps an epoch, one or two at a time.
+    assert monitor.history["step"] == [0, 4 + STEPS, *([10] if STEPS == 1 else [])]
+    keys = [key for key in monitor.history if key != "step"]
+    assert len(keys) == 8
+    rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    for key in keys:
+        first, second, *rest = monitor.history[key]
+        expected = [first, second, rest[0] if rest else second]
+        assert history.history[key] == expected
+        assert [float(row[key]) for row in rows] == expected
+
+
+class Own(keras.Model):
+    """Built by its first step on TensorFlow."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = layers.Dense(4, activation="tanh"), layers.Dense(3)
+
+    def call(self, inputs):
+        return self.head(self.hidden(inputs))
+
+
+@pytest.mark.parametrize("eagerly", [False, True], ids=["compiled", "eager"])
+def test_a_model_that_is_not_built(eagerly):
+    model = capture_inputs(Own())
+    model.compile(optimizer=ISAAC(), loss="mse", run_eagerly=eagerly)
+    monitor = monitored(model, regression(32), (*regression(8), np.ones(8, "float32")))
+    assert len(monitor.history) == 9
+
+
+def test_plot(monkeypatch):
+    pytest.importorskip("matplotlib")
+    model = capture_inputs(mlp())
+    model.compile(optimizer=ISAAC(), loss="mse")
+    monitor = CurvatureMonitor(regression(8))
+    with pytest.raises(ValueError, match=r"nothing to plot before a `fit`: write `model.fit\(..., callbacks=\[monitor\]\)`"):
+        monitor.plot()
+    fit(model, regression(16), callbacks=[monitor])
+    lines = [line for axis in monitor.plot().axes for line in axis.get_lines()]
+    drawn = {(*line.get_xdata(), *line.get_ydata()) for line in lines}
+    assert drawn == {(0, values[0]) for key, values in monitor.history.items() if key != "step"}
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"Matplotlib, which is not installed\. Write `pip install matplotlib`"):
+        monitor.plot()
+
+
+def test_errors():
+    for data, received in (([1, 2], "list"), (np.ones(3), "ndarray"), ((1,), "tuple and length 1")):
+        with pytest.raises(TypeError, match=rf"`data` must be a tuple `\(x, y\)`.* Received: data of type {received}"):
+            CurvatureMonitor(data)
+    for every_steps in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"`every_steps` must be an integer above 0. Received: every_steps={every_steps}"):
+            CurvatureMonitor(regression(8), every_steps)
+    for optimizer, capture, message in (
+        ("sgd", capture_inputs, "compile the model with `keras_isaac.ISAAC`"),
+        (ISAAC(), lambda model: model, r"Write `model = keras_isaac.capture_inputs\(model\)`"),
+    ):
+        model = capture(mlp())
+        model.compile(optimizer=optimizer, loss="mse")
+        with pytest.raises(ValueError, match=message):
+            fit(model, regression(16), callbacks=[CurvatureMonitor(regression(8))])
