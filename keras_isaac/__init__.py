@@ -1,5 +1,17 @@
 """ISAAC for Keras 3: second-order progress from the layers' inputs, on TensorFlow, JAX and PyTorch."""
 
+try:
+    import keras  # noqa: F401
+except ModuleNotFoundError as error:
+    missing = error.name.partition(".")[0]
+    if missing not in ("tensorflow", "jax", "torch"):
+        raise
+    raise ModuleNotFoundError(
+        f"Keras is to run on {missing}, which is not installed. Install it, or set the environment variable KERAS_BACKEND to "
+        "jax, torch or tensorflow, whichever is installed, before Keras is imported.",
+        name=missing,
+    ) from error
+
 from keras_isaac.capture import capture_inputs
 from keras_isaac.layers import register_layer
 from keras_isaac.optimizer import ISAAC

@@ -331,6 +331,14 @@ def _rules(name, rules):
                 f"`{name}` takes layers and regular expressions of layer paths, or a list of them. "
                 f"Received: {name}={rule!r} (of type {type(rule).__name__})"
             )
+        if isinstance(rule, str):
+            try:
+                re.compile(rule)
+            except re.error as error:
+                raise ValueError(
+                    f"`{name}` takes regular expressions, in which any characters are `.*` and not `*`. "
+                    f"Received: {name}={rule!r} ({error})"
+                ) from error
     return rules
 
 

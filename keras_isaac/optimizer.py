@@ -226,11 +226,15 @@ class ISAAC(keras.optimizers.Optimizer):
             trainable_variables = list(trainable_variables)
         if not self._took_part:
             received = [getattr(v, "path", v.name) for v in trainable_variables or self._trainable_variables]
+            again = ""
+            if keras.backend.backend() == "jax":
+                again = "On the JAX backend, build the model again first: Keras drops its weights when a `fit` fails. "
             raise ValueError(
                 "`ISAAC` conditions the kernels of layers whose inputs are captured, but no captured layer took part in this "
                 "step. Write `model = capture_inputs(model)` (from `keras_isaac`), before or after `model.compile(...)`; in a "
                 "loop of your own, compute the loss inside `with optimizer.conditioning():`. If the model is captured already, "
                 "see that a captured layer is trainable. To train without conditioning, compile with the inner optimizer. "
+                f"{again}"
                 f"Received gradients for: {', '.join(received[:5])}{', ...' if len(received) > 5 else ''}"
             )
         if not self.built:
@@ -370,6 +374,14 @@ def _check_flags(**flags):
 
 
 def _build_inner_optimizer(inner_optimizer, learning_rate, kwargs):
+    if isinstance(learning_rate, (str, keras.optimizers.Optimizer)):
+        name = (
+            repr(learning_rate) if isinstance(learning_rate, str) else f"keras.optimizers.{type(learning_rate).__name__}(...)"
+        )
+        raise ValueError(
+            f"`learning_rate` comes first. To hand the gradients to another optimizer, write `ISAAC(inner_optimizer={name})`. "
+            f"Received: learning_rate={learning_rate!r}"
+        )
     if isinstance(inner_optimizer, keras.optimizers.Optimizer):
         given = {} if learning_rate is None else {"learning_rate": learning_rate}
         given.update(kwargs)
@@ -394,7 +406,14 @@ def _build_inner_optimizer(inner_optimizer, learning_rate, kwargs):
             learning_rate = 0.1
         if learning_rate is not None:
             kwargs = {"learning_rate": learning_rate, **kwargs}
-        optimizer = optimizer_class(**kwargs)
+        try:
+            optimizer = optimizer_class(**kwargs)
+        except (TypeError, ValueError) as error:
+            received = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+            raise type(error)(
+                "`ISAAC` hands the arguments that are not its own to the inner optimizer, and "
+                f"{optimizer_class.__name__} says: {error}. Received: {received}"
+            ) from error
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or isaacs_in(optimizer):
         raise ValueError(
             f"`{type(optimizer).__name__}` cannot stand inside `ISAAC`. Put it around it: "
