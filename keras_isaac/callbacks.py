@@ -212,9 +212,9 @@ def _spec(tensor):
     return keras.KerasTensor(tensor.shape, keras.backend.standardize_dtype(tensor.dtype))
 
 
-def _spectrum(conditioning, rows, num_rows=None, frequency=None, is_product=False):
+def _spectrum(conditioning, rows, num_rows=None, frequency=None, damping=None, is_product=False):
     """Returns the effective rank of M = XᵀX/r, and its largest eigenvalue over the damping, as float32."""
-    damping = ops.cast(conditioning.damping, "float32")
+    damping = ops.cast(conditioning.damping if damping is None else damping, "float32")
     if frequency is not None:
         # One-hot rows: M is diagonal.
         trace, squares, largest = ops.sum(frequency), ops.sum(ops.square(frequency)), ops.max(frequency)
@@ -225,8 +225,9 @@ def _spectrum(conditioning, rows, num_rows=None, frequency=None, is_product=Fals
     # The smaller of the two that have these eigenvalues.
     gram = (rows @ transposed if rows.shape[-2] < rows.shape[-1] else transposed @ rows) / ops.maximum(num_rows, 1.0)
     trace, squares = ops.sum(ops.diagonal(gram, axis1=-2, axis2=-1), axis=-1), ops.sum(gram * gram, axis=(-2, -1))
-    largest = ops.max(_largest_eigenvalue(gram))
-    return ops.mean(_ratio(trace * trace, squares)), largest / damping
+    if conditioning.relative_damping:
+        damping = damping * trace / ops.minimum(num_rows, float(rows.shape[-1]))
+    return ops.mean(_ratio(trace * trace, squares)), ops.max(_ratio(_largest_eigenvalue(gram), damping))
 
 
 def _largest_eigenvalue(gram):

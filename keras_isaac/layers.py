@@ -282,7 +282,8 @@ def _conditioned_table(layer, kernel, conditioning, inputs):
     def condition(table):
         return scaled_gradient(table, scale, conditioning.preserve_norm)
 
-    return conditioning.watched(condition, ops.convert_to_tensor(kernel), rows=inputs, frequency=frequency)
+    known = {"rows": inputs, "frequency": frequency, "damping": damping}
+    return conditioning.watched(condition, ops.convert_to_tensor(kernel), **known)
 
 
 def _dense(inputs):

@@ -186,7 +186,7 @@ def _meetings(model, specs, **changes):
     """
     found = {}
 
-    def observe(kernel, condition, matrix, rows=None, num_rows=None, is_product=False, frequency=None, output_rows=None):
+    def observe(kernel, condition, matrix, rows=None, num_rows=None, is_product=False, frequency=None, output_rows=None, **_):
         meetings = found.setdefault(id(kernel), [])
         if output_rows is None:
             *groups, num_in, num_out = matrix.shape

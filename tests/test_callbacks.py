@@ -43,16 +43,17 @@ def monitored(model, data, batch, epochs=1, **kwargs):
 
 
 @pytest.mark.parametrize("num", [4, 16], ids=["fewer-rows", "more-rows"])
-def test_dense_layers_after_some_steps(num):
+@pytest.mark.parametrize("relative_damping", [False, True], ids=["absolute", "relative"])
+def test_dense_layers_after_some_steps(num, relative_damping):
     data = regression(64)
     x, y = (each[:num] for each in data)
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(0.1, damping=0.2), loss="mse")
+    model.compile(optimizer=ISAAC(0.1, damping=0.2, relative_damping=relative_damping), loss="mse")
     monitor = monitored(model, data, (x, y), batch_size=16)
     assert monitor.history["step"] == [0, 2]
     # The state of the second measurement: that after two steps.
     twin = capture_inputs(mlp())
-    twin.compile(optimizer=ISAAC(0.1, damping=0.2), loss="mse")
+    twin.compile(optimizer=ISAAC(0.1, damping=0.2, relative_damping=relative_damping), loss="mse")
     fit(twin, [each[:32] for each in data], batch_size=16)
     kernel, bias, top, top_bias = (to_numpy(weight) for weight in twin.trainable_variables)
     hidden = np.tanh(x @ kernel + bias)
@@ -60,7 +61,8 @@ def test_dense_layers_after_some_steps(num):
     gradients = {"head": (hidden, hidden.T @ error), "hidden": (x, x.T @ (error @ top.T * (1 - hidden**2)))}
     for name, (rows, gradient) in gradients.items():
         path = model.get_layer(name).kernel.path
-        np.testing.assert_allclose(numbers(monitor, path), expected_numbers(rows, gradient, 0.2), rtol=2e-3)
+        damping = 0.2 * (np.sum(rows**2) / len(rows) / min(rows.shape) if relative_damping else 1.0)
+        np.testing.assert_allclose(numbers(monitor, path), expected_numbers(rows, gradient, damping), rtol=2e-3)
 
 
 def test_tables_groups_and_shared_layers():
