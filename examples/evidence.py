@@ -71,7 +71,7 @@ class Trainer:
         self.model = capture_inputs(task.build(SEEDS[0]))
         options = dict(method.options)
         if method.optimizer == "muon":
-            options["exclude_layers"] = ["head"]
+            options["exclude_layers"] = ["logits"]
         classes = {"sgd": keras.optimizers.SGD, "adamw": keras.optimizers.AdamW, "muon": keras.optimizers.Muon}
         optimizer = classes[method.optimizer](1e-3, **options)
         self.optimizer = optimizer if method.isaac is None else ISAAC(inner_optimizer=optimizer, **method.isaac)

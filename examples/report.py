@@ -98,12 +98,13 @@ def save_pictures(tasks, folder):
     import matplotlib.pyplot as plt
 
     for name, draw in (("evidence", draw_losses), ("rates", draw_rates)):
-        figure, axes = plt.subplots(2, 3, figsize=(11, 6), constrained_layout=True, squeeze=False)
+        figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), constrained_layout=True, squeeze=False)
         for axis, task in zip(axes.flat, tasks, strict=False):
             draw(axis, load(task))
             axis.set(title=task, yscale="log")
             axis.grid(alpha=0.3)
-        axes[0, 0].legend(fontsize=8)
+        handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
         figure.savefig(folder / f"{name}.png", dpi=80)
         plt.close(figure)
         print(f"saved {folder / name}.png")
@@ -137,9 +138,9 @@ def draw_rates(axis, results):
             loss = min(map(final_loss, runs))
             if math.isfinite(loss):
                 points.append((rate, loss))
-        axis.plot(
-            *zip(*points, strict=True), "o-", label=method, color=f"C{PICTURED.index(method)}", **_style(method)
-        ) if points else None
+        if points:
+            color = f"C{PICTURED.index(method)}"
+            axis.plot(*zip(*points, strict=True), marker="o", label=method, color=color, **_style(method))
     axis.set(xlabel="learning rate", ylabel="last training loss", xscale="log")
 
 

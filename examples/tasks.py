@@ -59,7 +59,7 @@ def classifier(seed):
     """The paper's ReLU network of five dense layers, 400 wide."""
     keras.utils.set_random_seed(seed)
     hidden = [layers.Dense(400, activation="relu") for _ in range(4)]
-    return keras.Sequential([keras.Input((28, 28, 1)), layers.Flatten(), *hidden, layers.Dense(10, name="head")])
+    return keras.Sequential([keras.Input((28, 28, 1)), layers.Flatten(), *hidden, layers.Dense(10, name="logits")])
 
 
 def autoencoder(seed):
@@ -67,7 +67,7 @@ def autoencoder(seed):
     keras.utils.set_random_seed(seed)
     widths = [(1000, "relu"), (500, "relu"), (30, None), (500, "relu"), (1000, "relu")]
     middle = [layers.Dense(width, activation=activation) for width, activation in widths]
-    return keras.Sequential([keras.Input((784,)), *middle, layers.Dense(784, name="head")])
+    return keras.Sequential([keras.Input((784,)), *middle, layers.Dense(784, name="logits")])
 
 
 def autoencoder_data():
@@ -84,7 +84,7 @@ def cnn(seed):
     convolutions = [
         layers.Conv2D(width, 3, strides=strides, **options) for width, strides in ((16, 1), (32, 2), (32, 1), (64, 2))
     ]
-    return keras.Sequential([keras.Input((28, 28, 1)), *convolutions, layers.Flatten(), layers.Dense(10, name="head")])
+    return keras.Sequential([keras.Input((28, 28, 1)), *convolutions, layers.Flatten(), layers.Dense(10, name="logits")])
 
 
 CONTEXT, WIDTH, VOCABULARY = 64, 128, 128
@@ -114,7 +114,7 @@ def transformer(seed):
     inputs = keras.Input((CONTEXT,), dtype="int32")
     x = _Positions()(layers.Embedding(VOCABULARY, WIDTH)(inputs))
     x = _causal_block(_causal_block(x))
-    return keras.Model(inputs, layers.Dense(VOCABULARY, name="head")(layers.LayerNormalization()(x)))
+    return keras.Model(inputs, layers.Dense(VOCABULARY, name="logits")(layers.LayerNormalization()(x)))
 
 
 def _windows(text, count, start):
@@ -165,7 +165,7 @@ def lora(seed):
         layer = pending.pop()
         if isinstance(layer, layers.MultiHeadAttention):
             pending.extend(value for value in vars(layer).values() if isinstance(value, keras.Layer))
-        elif isinstance(layer, (layers.Dense, layers.EinsumDense)) and layer.name != "head" and hasattr(layer, "kernel"):
+        elif isinstance(layer, (layers.Dense, layers.EinsumDense)) and layer.name != "logits" and hasattr(layer, "kernel"):
             layer.enable_lora(8)
             layer.bias.trainable = False
         else:
@@ -177,7 +177,7 @@ def regressor(seed):
     """Two hidden layers."""
     keras.utils.set_random_seed(seed)
     hidden = [layers.Dense(64, activation="relu") for _ in range(2)]
-    return keras.Sequential([keras.Input((10,)), *hidden, layers.Dense(1, name="head")])
+    return keras.Sequential([keras.Input((10,)), *hidden, layers.Dense(1, name="logits")])
 
 
 def table():

@@ -157,8 +157,7 @@ else:
 
         def call(*present):
             def all_gradients(*output_gradients):
-                # TensorFlow hands over the gradient of a table as a sparse one.
-                output_gradients = tuple(map(_as_tensor, output_gradients))
+                output_gradients = tuple(map(_dense, output_gradients))
                 output_gradients = output_gradients if len(output_gradients) > 1 else output_gradients[0]
                 results = gradients(output_gradients, [True] * len(given), *completed(present))
                 results = [result for result, is_given in zip(results, given, strict=True) if is_given]
@@ -174,12 +173,17 @@ else:
         _custom_gradient = tf.custom_gradient
         # In eager mode a tensor may still be a variable, which `tf.custom_gradient` would not take for an argument.
         _as_tensor = tf.convert_to_tensor
+        # The gradient of a table comes as a sparse one.
+        _dense = tf.convert_to_tensor
 
         def _gradient(result, tensor):
             return result
     else:
         _custom_gradient = ops.custom_gradient
         _as_tensor = ops.convert_to_tensor
+
+        def _dense(gradient):
+            return gradient
 
         def _gradient(result, tensor):
             return ops.zeros_like(tensor) if result is None else result
