@@ -172,9 +172,10 @@ def jax_replicas_of_groups():
     random = np.random.default_rng(0)
     rows, kernel, cotangent = (random.normal(size=shape).astype("float32") for shape in ((2, 24, 5), (2, 5, 3), (2, 24, 3)))
     dampings = np.float32([0.1, 1e-3])
+    conditioning = ISAAC(damping=0.1, output_damping=1e-3, per_replica=True).conditioning_of_step()
 
     def loss(kernel, rows, cotangent):
-        return keras.ops.sum(conditioned_matmul(rows, kernel, *dampings, per_replica=True) * cotangent)
+        return keras.ops.sum(conditioned_matmul(rows, kernel, conditioning) * cotangent)
 
     try:
         jax.grad(loss)(kernel, rows[:, :6], cotangent[:, :6])
