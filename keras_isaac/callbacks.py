@@ -30,8 +30,8 @@ class CurvatureMonitor(keras.callbacks.Callback):
 
     - `effective_rank`: tr(M)²/tr(M²), how many directions the inputs fill, from 1 to the number of features. It is R₀ of
       [Bartlett et al., 2020](https://arxiv.org/abs/1906.11300).
-    - `damped_eigenvalue`: the largest eigenvalue of M over the damping λ. Far below 1, conditioning does nothing; the gradient
-      along that direction is divided by 1 plus this number.
+    - `damped_eigenvalue`: the largest eigenvalue of M over the damping λ (with `relative_damping`, over λ times the mean one).
+      The gradient along that direction is divided by 1 plus this number: far below 1, conditioning does nothing.
     - `norm_ratio`: the norm of the conditioned gradient over that of the plain one.
     - `cosine`: the cosine of the angle between them.
 
@@ -43,7 +43,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     list. All measurements are in the attribute `history`: `"step"` and the same keys, a list each. Training is not altered:
     weights, statistics, seeds, metrics and the optimizer's state are those of a run without it.
 
-    A measurement takes about one training step on `data`.
+    A measurement takes about two training steps on `data`, which may be smaller than a batch of training.
 
     Args:
         data: tuple `(x, y)` or `(x, y, sample_weight)`, one batch of arrays as for `train_on_batch`.
@@ -213,18 +213,17 @@ def _spec(tensor):
 
 
 def _spectrum(conditioning, rows, num_rows=None, frequency=None, damping=None, is_product=False):
-    """Returns the effective rank of M = XᵀX/r, and its largest eigenvalue over the damping, as float32."""
-    damping = ops.cast(conditioning.damping if damping is None else damping, "float32")
+    """Returns the effective rank of M = XᵀX/r, and its largest eigenvalue over the damping in force, as float32."""
     if frequency is not None:
         # One-hot rows: M is diagonal.
-        trace, squares, largest = ops.sum(frequency), ops.sum(ops.square(frequency)), ops.max(frequency)
-        return _ratio(trace * trace, squares), ops.cast(largest, "float32") / damping
+        return _ratio(ops.square(ops.sum(frequency)), ops.sum(ops.square(frequency))), _ratio(ops.max(frequency), damping)
     rows = ops.cast(rows, "float32")
-    num_rows = ops.cast(rows.shape[-2] if num_rows is None else num_rows, "float32")
+    num_rows = ops.maximum(ops.cast(rows.shape[-2] if num_rows is None else num_rows, "float32"), 1.0)
     transposed = ops.swapaxes(rows, -2, -1)
     # The smaller of the two that have these eigenvalues.
-    gram = (rows @ transposed if rows.shape[-2] < rows.shape[-1] else transposed @ rows) / ops.maximum(num_rows, 1.0)
+    gram = (rows @ transposed if rows.shape[-2] < rows.shape[-1] else transposed @ rows) / num_rows
     trace, squares = ops.sum(ops.diagonal(gram, axis1=-2, axis2=-1), axis=-1), ops.sum(gram * gram, axis=(-2, -1))
+    damping = ops.cast(conditioning.damping, "float32")
     if conditioning.relative_damping:
         damping = damping * trace / ops.minimum(num_rows, float(rows.shape[-1]))
     return ops.mean(_ratio(trace * trace, squares)), ops.max(_ratio(_largest_eigenvalue(gram), damping))

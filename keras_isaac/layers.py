@@ -282,8 +282,7 @@ def _conditioned_table(layer, kernel, conditioning, inputs):
     def condition(table):
         return scaled_gradient(table, scale, conditioning.preserve_norm)
 
-    known = {"rows": inputs, "frequency": frequency, "damping": damping}
-    return conditioning.watched(condition, ops.convert_to_tensor(kernel), **known)
+    return conditioning.watched(condition, ops.convert_to_tensor(kernel), rows=inputs, frequency=frequency, damping=damping)
 
 
 def _dense(inputs):

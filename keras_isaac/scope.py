@@ -56,8 +56,8 @@ class Conditioning:
             condition: function that returns its argument, a tensor `[(groups,) in, out]`, with its gradient conditioned.
             matrix: that tensor.
             **known: `rows` and `num_rows` as in `representatives`, and `is_product`, whether the gradient of the rows' product
-                is at hand in training; for a table, tokens for `rows`, `frequency`, the share of each token, and its
-                `damping`; or `output_rows`, if it is the outputs that `condition` is about.
+                is at hand in training; for a table, tokens for `rows`, `frequency`, the share of each token, and
+                the `damping` beside it; or `output_rows`, if it is the outputs that `condition` is about.
         """
         return condition(matrix) if self.observe is None else self.observe(condition, matrix, **known)
 

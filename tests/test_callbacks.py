@@ -42,48 +42,55 @@ def monitored(model, data, batch, epochs=1, **kwargs):
     return monitor
 
 
+@pytest.mark.parametrize("options", [{}, {"relative_damping": True}, {"preserve_norm": True}], ids=["", "relative", "norm"])
 @pytest.mark.parametrize("num", [4, 16], ids=["fewer-rows", "more-rows"])
-@pytest.mark.parametrize("relative_damping", [False, True], ids=["absolute", "relative"])
-def test_dense_layers_after_some_steps(num, relative_damping):
+def test_dense_layers_after_some_steps(num, options):
     data = regression(64)
     x, y = (each[:num] for each in data)
-    model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(0.1, damping=0.2, relative_damping=relative_damping), loss="mse")
+    model, twin = capture_inputs(mlp()), capture_inputs(mlp())
+    for each in (model, twin):
+        each.compile(optimizer=ISAAC(0.1, damping=0.2, **options), loss="mse")
     monitor = monitored(model, data, (x, y), batch_size=16)
     assert monitor.history["step"] == [0, 2]
     # The state of the second measurement: that after two steps.
-    twin = capture_inputs(mlp())
-    twin.compile(optimizer=ISAAC(0.1, damping=0.2, relative_damping=relative_damping), loss="mse")
     fit(twin, [each[:32] for each in data], batch_size=16)
     kernel, bias, top, top_bias = (to_numpy(weight) for weight in twin.trainable_variables)
     hidden = np.tanh(x @ kernel + bias)
     error = 2 * (hidden @ top + top_bias - y) / y.size
     gradients = {"head": (hidden, hidden.T @ error), "hidden": (x, x.T @ (error @ top.T * (1 - hidden**2)))}
     for name, (rows, gradient) in gradients.items():
+        unit = (rows**2).sum() / len(rows) / min(rows.shape) if "relative_damping" in options else 1
+        expected = expected_numbers(rows, gradient, 0.2 * unit)
+        if "preserve_norm" in options:
+            expected[2] = 1
         path = model.get_layer(name).kernel.path
-        damping = 0.2 * (np.sum(rows**2) / len(rows) / min(rows.shape) if relative_damping else 1.0)
-        np.testing.assert_allclose(numbers(monitor, path), expected_numbers(rows, gradient, damping), rtol=2e-3)
+        np.testing.assert_allclose(numbers(monitor, path), expected, rtol=2e-3)
 
 
-def test_tables_groups_and_shared_layers():
+@pytest.mark.parametrize("relative", [False, True], ids=["", "relative"])
+def test_tables_groups_and_shared_layers(relative):
     tokens = keras.Input((6,), dtype="int32")
     x = layers.Embedding(7, 4, name="table")(tokens)
     x = layers.DepthwiseConv1D(2, name="depthwise")(x)
     shared = layers.Dense(4, name="shared")
     x = shared(shared(x))
     model = with_random_weights(capture_inputs(keras.Model(tokens, layers.Dense(3)(layers.Flatten()(x)))))
-    model.compile(optimizer=ISAAC(damping=0.2), loss="mse")
+    model.compile(optimizer=ISAAC(damping=0.2, relative_damping=relative), loss="mse")
     x, y = sequences(8)
     table = to_numpy(model.get_layer("table").embeddings)
     monitor = monitored(model, (x, y), (x, y))
     frequency = np.bincount(x.ravel(), minlength=7) / x.size
     rank, eigenvalue, *_ = numbers(monitor, "table/embeddings", 0)
-    np.testing.assert_allclose([rank, eigenvalue], [1 / (frequency**2).sum(), frequency.max() / 0.2], rtol=1e-5)
+    np.testing.assert_allclose(
+        [rank, eigenvalue], [1 / (frequency**2).sum(), frequency.max() / (0.2 / 7 if relative else 0.2)], rtol=1e-5
+    )
     patches = np.stack([table[x][:, :-1], table[x][:, 1:]], axis=-1).reshape(-1, 4, 2)
     spectra = [np.linalg.eigvalsh(patches[:, channel].T @ patches[:, channel] / len(patches)) for channel in range(4)]
     rank, eigenvalue, *_ = numbers(monitor, "depthwise/kernel", 0)
     np.testing.assert_allclose(rank, np.mean([each.sum() ** 2 / (each**2).sum() for each in spectra]), rtol=1e-4)
-    np.testing.assert_allclose(eigenvalue, np.max(spectra) / 0.2, rtol=2e-3)
+    dampings = [0.2 * each.mean() if relative else 0.2 for each in spectra]
+    largest = max(each.max() / damping for each, damping in zip(spectra, dampings, strict=True))
+    np.testing.assert_allclose(eigenvalue, largest, rtol=2e-3)
     assert len(monitor.history) == 1 + 4 * 4
     for path in ("table/embeddings", "depthwise/kernel", "shared/kernel"):
         _, _, norm_ratio, cosine = numbers(monitor, path, 0)
