@@ -123,7 +123,8 @@ def condition(gradient, rows, damping, num_rows=None, *, relative_damping=False,
         num_rows = ops.where(num_rows < 1, ops.ones_like(num_rows), num_rows)
 
     def few():
-        # A difference: it keeps nothing of a gradient that a smaller damping would shorten by more than the dtype's digits.
+        # A difference: it keeps nothing of a gradient that a smaller damping would shorten by more than the dtype's digits. At
+        # that floor, rounding may leave some percent of the gradient, of either sign, along rows that are all but dependent.
         gram = rows @ _transpose(rows)
         inverse = damped_inverse(gram, _summed_damping(gram, damping, rows, num_rows, relative_damping), floor=4)
         # Where F∇ overflows, the gradient stays as it is; one that is not finite does so too.
