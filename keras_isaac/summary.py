@@ -78,7 +78,10 @@ def kernel_status(model):
 
 def _statuses(model):
     """Returns the status of every kernel by the variable's id, in the order of the weights."""
-    training = [isaac.conditioning_of_step().trains for isaac in isaacs_in(getattr(model, "optimizer", None))]
+    optimizer = getattr(model, "optimizer", None)
+    # A LossScaleOptimizer may stand around a MultiOptimizer. One optimizer alone trains all that is trainable.
+    has_several = hasattr(getattr(optimizer, "inner_optimizer", optimizer), "optimizers")
+    training = [isaac.conditioning_of_step().trains for isaac in isaacs_in(optimizer) if has_several]
     statuses = {}
     for layer, _ in walk(model):
         inner = {id(variable) for below, _ in walk(layer) if below is not layer for variable in below.variables}
