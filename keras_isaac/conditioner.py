@@ -12,7 +12,7 @@ Three forms compute it, each the cheapest somewhere:
 
 - *sample side*, Xᵀ P G: an inverse `[rows, rows]`, where G is at hand;
 - *feature side*, λ (λI + FᵀF/s)⁻¹ ∇: an inverse `[in, in]`, from any s rows F `[..., s, in]`;
-- *Woodbury*, ∇ - Fᵀ (sλI + FFᵀ)⁻¹ F∇: an inverse `[s, s]`, where few rows F stand for many.
+- *Woodbury*, ∇ - (RF)ᵀ RF∇ with RᵀR = (sλI + FFᵀ)⁻¹: an inverse `[s, s]`, where few rows F stand for many.
 
 With a finite output damping (λ_g in the paper, Remark 4) the other side is conditioned alike, by the empirical Fisher matrix:
 
@@ -28,7 +28,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_isaac.inverse import damped_inverse
+from keras_isaac.inverse import damped_inverse, damped_inverse_root
 
 
 def conditioned_gradient(
@@ -62,8 +62,9 @@ def conditioned_gradient(
         output_damping = mean_loss_damping(output_damping, _num_rows(rows))
 
     def few():
-        p = _sample_side(output_gradient, _transpose(output_gradient), output_damping, rows, **options)
-        return _conditioned_by_inputs(rows, p @ output_gradient, damping, max_rows, **options)
+        p = _sample_side(output_gradient, _transpose(output_gradient), output_damping, relative_damping)
+        result = _conditioned_by_inputs(rows, p @ output_gradient, damping, max_rows, relative_damping=relative_damping)
+        return _with_norm_of_product(rows, output_gradient, result) if preserve_norm else result
 
     def many():
         gradient = _conditioned_by_inputs(rows, output_gradient, damping, max_rows, **options)
@@ -72,17 +73,20 @@ def conditioned_gradient(
     return _if_at_most(_limit(output_gradient, max_rows), output_gradient, few, many)
 
 
-def _conditioned_by_inputs(rows, output_gradient, damping, max_rows, **options):
+def _conditioned_by_inputs(rows, output_gradient, damping, max_rows, *, relative_damping, preserve_norm=False):
     transposed = _transpose(rows)
 
     def few():
-        p = _sample_side(rows, transposed, damping, output_gradient, **options)
+        p = _sample_side(rows, transposed, damping, relative_damping)
         # P is multiplied into the narrower of the two factors.
         if rows.shape[-1] < output_gradient.shape[-1]:
-            return (transposed @ p) @ output_gradient
-        return transposed @ (p @ output_gradient)
+            result = (transposed @ p) @ output_gradient
+        else:
+            result = transposed @ (p @ output_gradient)
+        return _with_norm_of_product(rows, output_gradient, result) if preserve_norm else result
 
     def many():
+        options = {"relative_damping": relative_damping, "preserve_norm": preserve_norm}
         return condition(transposed @ output_gradient, spread(rows, max_rows), damping, **options)
 
     return _if_at_most(_limit(rows, max_rows), rows, few, many)
@@ -123,13 +127,13 @@ def condition(gradient, rows, damping, num_rows=None, *, relative_damping=False,
         num_rows = ops.where(num_rows < 1, ops.ones_like(num_rows), num_rows)
 
     def few():
-        # A difference: it keeps nothing of a gradient that a smaller damping would shorten by more than the dtype's digits. At
-        # that floor, rounding may leave some percent of the gradient, of either sign, along rows that are all but dependent.
+        # A difference: it keeps nothing of a gradient that a smaller damping would shorten by more than the dtype's digits.
         gram = rows @ _transpose(rows)
-        inverse = damped_inverse(gram, _summed_damping(gram, damping, rows, num_rows, relative_damping), floor=4)
-        # Where F∇ overflows, the gradient stays as it is; one that is not finite does so too.
-        removed = ops.nan_to_num(inverse @ (rows @ gradient), nan=0.0, posinf=0.0, neginf=0.0)
-        return gradient - _transpose(rows) @ removed
+        root = damped_inverse_root(gram, _summed_damping(gram, damping, rows, num_rows, relative_damping))
+        # Through the root, since the inverse itself would leave noise as long as the gradient along rows that are all but
+        # dependent. Where FFᵀ is not finite, the gradient stays as it is; one that is not finite does so too.
+        whitened = ops.nan_to_num(root @ rows, nan=0.0, posinf=0.0, neginf=0.0)
+        return gradient - _transpose(whitened) @ (whitened @ gradient)
 
     def many():
         gram = _transpose(rows) @ rows
@@ -174,19 +178,20 @@ def _if_at_most(limit, rows, few, many):
     return ops.cond(ops.shape(rows)[-2] <= limit, few, many)
 
 
-def _sample_side(rows, transposed, damping, others, *, relative_damping, preserve_norm):
+def _sample_side(rows, transposed, damping, relative_damping):
     """Returns P = λ (λI + XXᵀ/r)⁻¹ of the rows and of the same transposed, to stand between them and other rows.
 
     The authors form P as `I - M (λI + M)⁻¹`, which is the same matrix, but loses its digits as λ falls.
     """
     gram = rows @ transposed
     damping = _summed_damping(gram, damping, rows, None, relative_damping)
-    p = damping * damped_inverse(gram, damping)
-    if preserve_norm:
-        # ‖XᵀG‖² is the sum of XXᵀ ∘ GGᵀ: no product of the kernel's size is needed.
-        other_gram = others @ _transpose(others)
-        p = p * _ratio_of_norms(gram * other_gram, gram * (p @ other_gram @ p))
-    return p
+    return damping * damped_inverse(gram, damping)
+
+
+def _with_norm_of_product(rows, output_gradient, conditioned):
+    """Returns the conditioned gradient, as long as XᵀG; its norm is the sum of XXᵀ ∘ GGᵀ, without another such product."""
+    grams = (rows @ _transpose(rows)) * (output_gradient @ _transpose(output_gradient))
+    return conditioned * _ratio_of_norms(grams, conditioned * conditioned)
 
 
 def _summed_damping(gram, damping, rows, num_rows, is_relative):
@@ -194,9 +199,12 @@ def _summed_damping(gram, damping, rows, num_rows, is_relative):
     if not is_relative:
         return damping * (_num_rows(rows) if num_rows is None else num_rows)
     rank = _num_rows(gram) if num_rows is None else ops.where(num_rows < rows.shape[-1], num_rows, rows.shape[-1])
-    trace = ops.sum(ops.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
     # Rows that are all zero leave the gradient as it is.
-    return ops.clip(damping * trace / rank, 1e-37, 1e37)
+    return ops.clip(damping * _trace(gram) / rank, 1e-37, 1e37)
+
+
+def _trace(matrix):
+    return ops.sum(ops.diagonal(matrix, axis1=-2, axis2=-1), axis=-1)[..., None, None]
 
 
 def _ratio_of_norms(squares, conditioned_squares):

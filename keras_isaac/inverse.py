@@ -17,71 +17,107 @@ _EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52}
 _TINY = 1e-37
 
 
-def damped_inverse(matrix, damping, floor=None):
+def damped_inverse(matrix, damping):
     """Returns (λI + M)⁻¹.
 
-    A damping below what the dtype resolves is raised to it. Where M is numerically indefinite all
-    the same, 1/(λ + tr M), a bound from below, takes the inverse's place: the step is then the plain gradient's, shortened.
-    Where M overflows, that is zero; where M is NaN, so is the result.
+    A damping below the mean eigenvalue's epsilon is raised to it. Where M is numerically indefinite all the same, 1/(λ + tr M),
+    a bound from below, takes the inverse's place: the step is then the plain gradient's, shortened. Where M overflows, that is
+    zero; where M is NaN, so is the result.
 
     Args:
         matrix: tensor of shape `[..., k, k]` (M), float32 or float64. `k` is static on JAX.
         damping: tensor that broadcasts to `[..., 1, 1]` (λ), not negative.
-        floor: float, the least damping, in units of the dtype's epsilon times the trace of M. Defaults to `None`: 1/k, the
-            mean eigenvalue's epsilon.
 
     Returns:
         Tensor `[..., k, k]`.
     """
     # Of an empty batch there is nothing to invert.
-    return matrix if matrix.shape[-1] == 0 else _damped_inverse(matrix, damping, floor)
+    return matrix if matrix.shape[-1] == 0 else _damped_inverse(matrix, damping)
 
 
-def _damped_inverse_in_graph(matrix, damping, floor):
-    dtype = keras.backend.standardize_dtype(matrix.dtype)
-    size = ops.shape(matrix)[-1]
-    identity = ops.eye(size, dtype=dtype)
-    trace = ops.sum(ops.diagonal(matrix, axis1=-2, axis2=-1), axis=-1)[..., None, None]
-    floor = 1 / ops.cast(size, dtype) if floor is None else floor
-    least = _EPSILON[dtype] * floor * trace + _TINY
-    inverse = _inverse(matrix + ops.maximum(damping, least) * identity)
+def damped_inverse_root(matrix, damping):
+    """Returns R with RᵀR = (λI + M)⁻¹, the inverse of the Cholesky factor.
+
+    What is multiplied by R and then by Rᵀ keeps the digits that it loses in their product, where λI + M is nearly singular.
+    As `damped_inverse`, but that a damping below four epsilons of the trace is raised to them.
+
+    Args:
+        matrix: tensor of shape `[..., k, k]` (M), float32 or float64. `k` is static on JAX.
+        damping: tensor that broadcasts to `[..., 1, 1]` (λ), not negative.
+
+    Returns:
+        Tensor `[..., k, k]`, lower triangular.
+    """
+    return matrix if matrix.shape[-1] == 0 else _damped_inverse_root(matrix, damping)
+
+
+def _damped_inverse_in_graph(matrix, damping):
+    damped, bound, identity = _damped(matrix, damping, 1 / ops.cast(ops.shape(matrix)[-1], matrix.dtype))
+    inverse = _inverse(damped)
     # Elimination without a positive pivot leaves no entry finite.
-    return ops.where(ops.isfinite(inverse[..., :1, :1]), inverse, identity / (damping + trace))
+    return ops.where(ops.isfinite(inverse[..., -1:, -1:]), inverse, identity / bound)
 
 
-def _damped_inverse_torch(matrix, damping, floor):
+def _damped_inverse_root_in_graph(matrix, damping):
+    damped, bound, identity = _damped(matrix, damping, 4)
+    root = _inverse_root(damped)
+    return ops.where(ops.isfinite(root[..., -1:, -1:]), root, identity / ops.sqrt(bound))
+
+
+def _damped(matrix, damping, floor):
+    """Returns λI + M for a λ of at least `floor` times the trace's epsilon, what bounds its eigenvalues, and I."""
+    dtype = keras.backend.standardize_dtype(matrix.dtype)
+    identity = ops.eye(ops.shape(matrix)[-1], dtype=dtype)
+    trace = ops.sum(ops.diagonal(matrix, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    return matrix + ops.maximum(damping, _EPSILON[dtype] * floor * trace + _TINY) * identity, damping + trace, identity
+
+
+def _damped_inverse_torch(matrix, damping):
+    return _from_factor_torch(matrix, damping, 1 / matrix.shape[-1], torch.cholesky_inverse, 1)
+
+
+def _damped_inverse_root_torch(matrix, damping):
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return _from_factor_torch(
+        matrix, damping, 4, lambda factor: torch.linalg.solve_triangular(factor, identity, upper=False), 0.5
+    )
+
+
+def _from_factor_torch(matrix, damping, floor, inverse_of, power):
     # Eager PyTorch pays for every operation, so that these are few and its own.
     size, dtype = matrix.shape[-1], matrix.dtype
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    trace = diagonal.sum(-1)[..., None, None]
-    least = trace * (torch.finfo(dtype).eps * (1 / size if floor is None else floor)) + _TINY
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     identity = torch.eye(size, dtype=dtype, device=matrix.device)
-    damped = torch.addcmul(matrix, identity, torch.maximum(damping, least))
+    damped = torch.addcmul(matrix, identity, torch.maximum(damping, trace * (torch.finfo(dtype).eps * floor) + _TINY))
     # The `_ex` form neither raises nor waits for the device.
     factor, failed_at = torch.linalg.cholesky_ex(damped)
     if matrix.device.type == "cpu" and not torch.compiler.is_compiling() and not failed_at.any():
-        return torch.cholesky_inverse(factor)
+        return inverse_of(factor)
     failed = (failed_at > 0)[..., None, None]
-    inverse = torch.cholesky_inverse(torch.where(failed, identity, factor))
-    return torch.where(failed, inverse / (damping + trace), inverse)
+    inverse = inverse_of(torch.where(failed, identity, factor))
+    return torch.where(failed, inverse / (damping + trace) ** power, inverse)
 
 
-def _cholesky_tensorflow(matrix):
+def _inverse_root_tensorflow(matrix):
     factor = tf.linalg.cholesky(matrix)
     identity = tf.eye(tf.shape(matrix)[-1], batch_shape=tf.shape(matrix)[:-2], dtype=matrix.dtype)
-    factor_inverse = tf.linalg.triangular_solve(factor, identity)
-    return tf.matmul(factor_inverse, factor_inverse, transpose_a=True)
+    return tf.linalg.triangular_solve(factor, identity)
 
 
-def gauss_jordan(matrix):
+def gauss_jordan(matrix, is_root=False):
     """Blocked Gauss-Jordan elimination without pivoting, in matrix products and one loop; NaN where a pivot is not positive.
 
     XLA on the CPU has no factorization of its own: it calls a LAPACK whose threads contend with XLA's, and a single small
     Cholesky can double a training step. This form needs none, and its compile time does not grow with the matrix.
+
+    Args:
+        matrix: tensor `[..., k, k]`, symmetric.
+        is_root: boolean, whether rows are eliminated only from those below them, and scaled by the root of their pivots,
+            which gives the inverse of the Cholesky factor. Defaults to `False`: from all, which gives the inverse.
     """
     size = matrix.shape[-1]
     if size <= _UNBLOCKED:
-        return _gauss_jordan_unblocked(matrix)
+        return _gauss_jordan_unblocked(matrix, is_root)
     num_blocks = -(-size // _BLOCK)
     padding = num_blocks * _BLOCK - size
     leading = [(0, 0)] * (len(matrix.shape) - 2)
@@ -97,9 +133,13 @@ def gauss_jordan(matrix):
         pivot = ops.slice(matrix, (*origin, start, start), (*shape[:-2], _BLOCK, _BLOCK))
         rows = ops.slice(matrix, (*origin, start, 0), (*shape[:-2], _BLOCK, shape[-1]))
         columns = ops.slice(matrix, (*origin, 0, start), (*shape[:-1], _BLOCK))
-        pivot = _gauss_jordan_unblocked(pivot)
+        pivot = _gauss_jordan_unblocked(pivot, is_root)
         rows = ops.slice_update(ops.matmul(pivot, rows), (*origin, 0, start), pivot)
-        columns = ops.where(in_block[:, None], 0.0, columns)
+        if is_root:
+            columns = ops.where((index >= start + _BLOCK)[:, None], columns, 0.0)
+            columns = ops.matmul(columns, ops.swapaxes(pivot, -2, -1))
+        else:
+            columns = ops.where(in_block[:, None], 0.0, columns)
         matrix = ops.where(in_block, 0.0, matrix) - ops.matmul(columns, rows)
         return ops.slice_update(matrix, (*origin, start, 0), rows)
 
@@ -107,7 +147,7 @@ def gauss_jordan(matrix):
     return matrix[..., :size, :size]
 
 
-def _gauss_jordan_unblocked(matrix):
+def _gauss_jordan_unblocked(matrix, is_root):
     shape = tuple(matrix.shape)
     index = ops.arange(shape[-1])
     origin = (0,) * (len(shape) - 2)
@@ -118,8 +158,14 @@ def _gauss_jordan_unblocked(matrix):
         row = ops.slice(matrix, (*origin, i, 0), (*shape[:-2], 1, shape[-1]))
         column = ops.slice(matrix, (*origin, 0, i), (*shape[:-1], 1))
         # Every pivot of a positive definite matrix is positive.
-        row = ops.where(at_pivot, 1.0, row) / ops.where(pivot > 0, pivot, float("nan"))
-        column = ops.where(at_pivot[:, None], 0.0, column)
+        pivot = ops.where(pivot > 0, pivot, float("nan"))
+        row = ops.where(at_pivot, 1.0, row)
+        if is_root:
+            pivot = ops.sqrt(pivot)
+            column = ops.where((index > i)[:, None], column, 0.0) / pivot
+        else:
+            column = ops.where(at_pivot[:, None], 0.0, column)
+        row = row / pivot
         matrix = ops.where(at_pivot, 0.0, matrix) - column * row
         return ops.slice_update(matrix, (*origin, i, 0), row)
 
@@ -129,19 +175,26 @@ def _gauss_jordan_unblocked(matrix):
 if keras.backend.backend() == "torch":
     import torch
 
-    _damped_inverse = _damped_inverse_torch
+    _damped_inverse, _damped_inverse_root = _damped_inverse_torch, _damped_inverse_root_torch
 else:
-    _damped_inverse = _damped_inverse_in_graph
+    _damped_inverse, _damped_inverse_root = _damped_inverse_in_graph, _damped_inverse_root_in_graph
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        _inverse = _cholesky_tensorflow
+        _inverse_root = _inverse_root_tensorflow
+
+        def _inverse(matrix):
+            root = _inverse_root(matrix)
+            return tf.matmul(root, root, transpose_a=True)
     else:
         import jax
 
         # Outside a compiled step, the loop would be traced again at each call.
-        _jitted_gauss_jordan = jax.jit(gauss_jordan)
+        _jitted_gauss_jordan = jax.jit(gauss_jordan, static_argnums=1)
 
-        def _inverse(matrix):
+        def _inverse(matrix, is_root=False):
             # Every device inverts by itself. Split over devices, the elimination would cross them for every pivot.
-            return laid_out(_jitted_gauss_jordan(laid_out(matrix)))
+            return laid_out(_jitted_gauss_jordan(laid_out(matrix), is_root))
+
+        def _inverse_root(matrix):
+            return _inverse(matrix, is_root=True)

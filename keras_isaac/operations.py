@@ -111,6 +111,8 @@ def scaled_gradient(tensor, scale, preserve_norm=False):
     """
 
     def gradients(output_gradient, needed, tensor, scale):
+        # As in the conditioner, in float32 or better: a small scale is zero in float16.
+        output_gradient = _cast(output_gradient, keras.backend.result_type(output_gradient.dtype, "float32"))
         scaled = output_gradient * ops.cast(scale, output_gradient.dtype)
         return _cast(with_norm_of(output_gradient, scaled) if preserve_norm else scaled, tensor.dtype), None
 

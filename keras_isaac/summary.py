@@ -315,7 +315,7 @@ def added_multiplications(side, rows, num_in, num_out):
     if side == "sample":
         return rows**2 * num_in + rows**3 + rows**2 * min(num_in, num_out)
     if side == "Woodbury":
-        return rows**2 * num_in + rows**3 + 2 * rows * num_in * num_out + rows**2 * num_out
+        return 2 * rows**2 * num_in + rows**3 + 2 * rows * num_in * num_out
     return rows * num_in**2 + num_in**3 + num_in**2 * num_out
 
 

@@ -6,9 +6,9 @@ command that repeats it alone (`--only`). The laws, of one training step:
 - the captured layer raises no error that the plain one does not;
 - its outputs and all gradients but the kernels' are the plain layer's;
 - the conditioned gradient of a kernel is finite where the plain one is, and not where the data are not;
-- it is no longer than the plain gradient, and never points against it;
-- without an output damping, it has no less of the plain gradient's direction than the largest curvature leaves, and is the
-  float64 oracle's, as far as the conditioning of the problem lets a dtype tell;
+- it is no longer than the plain gradient, or as long where it preserves the norm, and never points against it;
+- without an output damping and as it comes, it has no less of the plain gradient's direction than the largest curvature
+  leaves, and is the float64 oracle's, as far as the conditioning of the problem lets a dtype tell;
 - weights keep their shapes and dtypes, and are finite after the step where the plain network's are.
 """
 
@@ -73,6 +73,8 @@ class Draw:
     weight_sharing: str
     compiled: bool
     output_damping: float | None = None
+    relative_damping: bool = False
+    preserve_norm: bool = False
     inner: str = "sgd"
     widths: tuple = ()
     seed: tuple = ()
@@ -80,7 +82,8 @@ class Draw:
     @property
     def options(self):
         """Arguments of `ISAAC`."""
-        return {name: getattr(self, name) for name in ("damping", "output_damping", "max_rows", "weight_sharing")}
+        names = ("damping", "output_damping", "relative_damping", "preserve_norm", "max_rows", "weight_sharing")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def precision(self):
@@ -111,6 +114,8 @@ def draw(seed, index):
         output_damping=float(np.float32(10.0 ** random.uniform(-8, 8))) if random.random() < 0.2 else None,
         inner=choice(*INNER),
         widths=tuple(choice(1, 3, 4, 7, 16) for _ in range(random.integers(1, 5))),
+        relative_damping=bool(random.random() < 0.3),
+        preserve_norm=bool(random.random() < 0.3),
         seed=(seed, index),
     )
 
@@ -237,6 +242,10 @@ def _layer(drawn):
         rows, matrix_of = case.read(layer, seen)[name]
         # LoRA's factors are float32 in a float64 layer.
         precision = max(drawn.precision, PRECISION[variable.dtype])
+        length, norm = (np.linalg.norm(gradient.astype("float64")) for gradient in (ours, theirs))
+        # In float32, beyond these lengths the squares overflow or vanish.
+        if drawn.preserve_norm and length > 1e-15 and norm < 1e15 and abs(length - norm) > max(1e-3, 64 * epsilon) * norm:
+            yield f"gradient of {name} is not as long as the plain one: {length / norm}"
         yield from (f"gradient of {name} {law}" for law in _kernel_laws(drawn, case, rows, matrix_of, precision, ours, theirs))
     for name, ours, theirs in pairs:
         if theirs is None:
@@ -269,24 +278,27 @@ def _kernel_laws(drawn, case, rows, matrix_of, precision, ours, theirs):
         if not np.isfinite(group).all():
             continue
         tolerance = 64 * epsilon
-        if length > norm * (1 + tolerance):
+        if not drawn.preserve_norm and length > norm * (1 + tolerance):
             yield f"{where}is longer than the plain one: {length / norm}"
         _, singular, right = np.linalg.svd(group / np.sqrt(max(len(group), 1)), full_matrices=False)
         eigenvalues = singular**2
-        resolved = max(drawn.damping, min(epsilon, PRECISION["float32"][0]) * eigenvalues.mean())
-        # What underflows has no direction, and what an inverse of large condition leaves of nearly nothing is rounding.
-        noise = max(tolerance * length, 100 * epsilon * (1 + eigenvalues.max() / resolved) * norm)
+        damping = drawn.damping * (eigenvalues.sum() / min(group.shape) if drawn.relative_damping else 1)
+        resolved = max(damping, min(epsilon, PRECISION["float32"][0]) * eigenvalues.mean())
+        # What underflows has no direction, and what a small damping leaves of nearly nothing is rounding.
+        noise = max(tolerance * length, 10 * np.sqrt(epsilon) * norm)
         if length > 1e3 * smallest and np.sum(conditioned * plain) < -noise * norm:
             yield f"{where}points against the plain one: cosine {np.sum(conditioned * plain) / norm / length}"
-        # Where XXᵀ overflows, the inverse is taken to vanish.
+        # Where XXᵀ overflows, the inverse is taken to vanish; where it underflows too, there is no mean
+        # eigenvalue.
         overflows = drawn.policy != "float64" and len(group) * eigenvalues.sum() > 1e36
-        if not stand_for_all or overflows or drawn.output_damping is not None:
+        overflows = overflows or (drawn.relative_damping and not 1e-30 < eigenvalues.sum() < 1e36)
+        if not stand_for_all or overflows or drawn.output_damping is not None or drawn.preserve_norm:
             continue
-        least = drawn.damping / (drawn.damping + eigenvalues.sum())
+        least = damping / (damping + eigenvalues.sum())
         if least > 1e3 * epsilon and np.sum(conditioned * plain) < 0.9 * least * norm**2:
             yield f"{where}has too little of the plain one: {np.sum(conditioned * plain) / norm**2}, at least {least}"
         inside = right @ plain
-        expected = right.T @ ((drawn.damping / (drawn.damping + eigenvalues))[:, None] * inside)
+        expected = right.T @ ((damping / (damping + eigenvalues))[:, None] * inside)
         spanned = not is_reduced
         if not spanned or is_embedding:
             # Tokens of padding have a gradient, and are no rows.
@@ -313,7 +325,9 @@ def _network(drawn):
     targets = targets * np.float32({"large gradient": 1e30, "small gradient": 1e-30}.get(drawn.data, 1))
     # Two optimizers of which the one is the other inside ISAAC; with so large a damping their steps are the same.
     is_infinite = random.random() < 0.3
-    options = {**drawn.options, "damping": 1e30, "output_damping": None} if is_infinite else drawn.options
+    options = (
+        {**drawn.options, "damping": 1e30, "output_damping": None, "relative_damping": False} if is_infinite else drawn.options
+    )
 
     def trained(captured):
         keras.utils.set_random_seed(0)

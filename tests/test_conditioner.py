@@ -70,6 +70,26 @@ def test_float32_is_accurate_over_sixteen_decades_of_damping(rows, features, out
     assert relative_error(conditioned(inputs, gradient, damping, compiled), expected) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["equal", "nearly equal", "of many scales"])
+@pytest.mark.parametrize(("rows", "features"), [(3, 9), (50, 60), (200, 260)])
+@pytest.mark.parametrize("damping", [1e-12, 1e-7, 1e-5])
+def test_dependent_rows_leave_no_noise_under_a_small_damping(kind, rows, features, damping):
+    inputs, output_gradient = normal((rows, features), (rows, 4))
+    if kind == "of many scales":
+        inputs *= 10 ** np.linspace(-3, 3, features, dtype="float32")
+    else:
+        inputs = inputs[:1] * (1 + (1e-6 if kind == "nearly equal" else 0) * inputs)
+    damping = np.float32(damping * np.sum(inputs**2) / rows)
+    plain = inputs.T.astype("float64") @ output_gradient
+    expected = oracle.conditioned_gradient(inputs, output_gradient, damping)
+    tensors = [ops.convert_to_tensor(np.asarray(x, "float32")) for x in (inputs, output_gradient, plain, damping)]
+    for actual in (
+        conditioned_gradient(tensors[0], tensors[1], tensors[3]),
+        condition(tensors[2], tensors[0], tensors[3]),
+    ):
+        assert np.linalg.norm(to_numpy(actual) - expected) < 5e-3 * np.linalg.norm(plain)
+
+
 def test_theorem_infinite_damping_is_the_gradient_and_vanishing_damping_the_pseudo_inverse():
     for shape in ((5, 9), (9, 5)):
         rows, gradient = normal(shape, (shape[0], 3))

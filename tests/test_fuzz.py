@@ -18,7 +18,8 @@ def test_a_drawn_case_keeps_the_laws(number):
 @pytest.mark.parametrize("subject", ["dense", "dense-rank-5", "conv2d-groups", "embedding"])
 def test_the_fuzzer_notices_a_wrong_damping(subject, monkeypatch):
     drawn = fuzz.draw(0, 0)
-    drawn = dataclasses.replace(drawn, subject=subject, policy="float32", data="fine", damping=0.5, output_damping=None)
+    absolute = {"damping": 0.5, "output_damping": None, "relative_damping": False, "preserve_norm": False}
+    drawn = dataclasses.replace(drawn, subject=subject, policy="float32", data="fine", **absolute)
     assert fuzz.broken_laws(drawn) == []
     monkeypatch.setattr(fuzz, "ISAAC", lambda damping, **kwargs: ISAAC(damping=1.1 * damping, **kwargs))
     assert any("is not the oracle's" in law for law in fuzz.broken_laws(drawn))

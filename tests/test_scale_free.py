@@ -76,6 +76,22 @@ def test_both_sides_of_the_two_parameter_method_are_relative_and_preserve_the_no
     assert relative_error(actual, expected * (np.linalg.norm(plain) / np.linalg.norm(expected))) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["equal rows", "nearly equal rows", "features of many scales"])
+@pytest.mark.parametrize("shape", [(8, 20, 5), (60, 80, 100)], ids=str)
+def test_the_norm_is_kept_where_rows_depend_on_each_other(kind, shape):
+    random = np.random.default_rng(2)
+    rows, gradient = (random.normal(size=(shape[0], size)) for size in shape[1:])
+    if kind == "features of many scales":
+        rows *= 10 ** np.linspace(-3, 3, shape[1])
+    else:
+        rows = rows[:1] * (1 + 1e-6 * (kind == "nearly equal rows") * rows)
+    norm = np.linalg.norm(rows.astype("float32").T.astype("float64") @ gradient)
+    for damping in 10.0 ** np.arange(-6, 9, 2):
+        tensors = [ops.convert_to_tensor(np.asarray(x, "float32")) for x in (rows, gradient, damping)]
+        actual = to_numpy(conditioned_gradient(*tensors, relative_damping=True, preserve_norm=True))
+        assert np.linalg.norm(actual) == pytest.approx(norm, rel=1e-4), damping
+
+
 @pytest.mark.parametrize("zeros", ["rows", "gradient", "both"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_vanishes_leaves_a_gradient_that_vanishes(shape, zeros):

@@ -41,12 +41,16 @@ def test_kernels_meet_what_they_meet_in_training(case):
     ids=["all-rows", "max-rows", "reduce"],
 )
 def test_the_inverses_of_a_step_are_those_of_the_table(options, sides, monkeypatch):
-    def recorded(matrix, *args, **kwargs):
-        sizes.append(matrix.shape[-1])
-        return damped_inverse(matrix, *args, **kwargs)
+    def recording(function):
+        def recorded(matrix, damping):
+            sizes.append(matrix.shape[-1])
+            return function(matrix, damping)
 
-    sizes, damped_inverse = [], conditioner.damped_inverse
-    monkeypatch.setattr(conditioner, "damped_inverse", recorded)
+        return recorded
+
+    sizes = []
+    for name in ("damped_inverse", "damped_inverse_root"):
+        monkeypatch.setattr(conditioner, name, recording(getattr(conditioner, name)))
     x, y = sequences(num=4)
     model = capture_inputs(sequence_network())
     model.compile(optimizer=ISAAC(**options), loss="mse")
@@ -72,8 +76,8 @@ def test_multiplications():
     model.compile(optimizer=ISAAC(max_rows=10, output_damping=1.0))
     long, _, wide = keras_isaac.summary(model, batch_size=5)
     assert (long.side, long.stand_ins) == ("Woodbury", 10)
-    outputs = 10**2 * 12 + 10**3 + 2 * 10 * 12 * 20 + 10**2 * 20
-    assert long.added == 10**2 * 20 + 10**3 + 2 * 10 * 20 * 12 + 10**2 * 12 + outputs
+    outputs = 2 * 10**2 * 12 + 10**3 + 2 * 10 * 12 * 20
+    assert long.added == 2 * 10**2 * 20 + 10**3 + 2 * 10 * 20 * 12 + outputs
     # Five rows of three outputs: the feature side.
     assert wide.added == 5**2 * 192 + 5**3 + 5**2 * 3 + 5 * 3**2 + 3**3 + 3**2 * 192
 
