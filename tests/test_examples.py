@@ -46,6 +46,13 @@ def test_custom_loop_learns(tmp_path):
     assert losses[-1] < losses[0] / 2
 
 
+def test_monitor_prints_the_table_and_saves_a_picture(tmp_path):
+    output = run("monitor.py", "--epochs", 2, "--picture", "curvature.png", cwd=tmp_path)
+    assert "4 of 4 trainable kernels are conditioned" in output
+    assert float(re.search(r"accuracy ([\d.]+)", output).group(1)) > 0.5
+    assert (tmp_path / "curvature.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_evidence_resumes_and_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_ISAAC_RESULTS", str(tmp_path / "results"))
