@@ -68,7 +68,7 @@ def _damped(matrix, damping, floor):
     """Returns λI + M for a λ of at least `floor` times the trace's epsilon, what bounds its eigenvalues, and I."""
     dtype = keras.backend.standardize_dtype(matrix.dtype)
     identity = ops.eye(ops.shape(matrix)[-1], dtype=dtype)
-    trace = ops.sum(ops.diagonal(matrix, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    trace = ops.sum(ops.where(identity > 0, matrix, 0.0), axis=(-2, -1), keepdims=True)
     return matrix + ops.maximum(damping, _EPSILON[dtype] * floor * trace + _TINY) * identity, damping + trace, identity
 
 
@@ -149,10 +149,11 @@ def gauss_jordan(matrix, is_root=False):
 
 def _gauss_jordan_unblocked(matrix, is_root):
     shape = tuple(matrix.shape)
-    index = ops.arange(shape[-1])
     origin = (0,) * (len(shape) - 2)
 
     def eliminate(i, matrix):
+        # In the loop, where it is no operand.
+        index = ops.arange(shape[-1])
         at_pivot = index == i
         pivot = ops.slice(matrix, (*origin, i, i), (*shape[:-2], 1, 1))
         row = ops.slice(matrix, (*origin, i, 0), (*shape[:-2], 1, shape[-1]))
@@ -169,7 +170,9 @@ def _gauss_jordan_unblocked(matrix, is_root):
         matrix = ops.where(at_pivot, 0.0, matrix) - column * row
         return ops.slice_update(matrix, (*origin, i, 0), row)
 
-    return ops.fori_loop(0, shape[-1], eliminate, matrix)
+    # Two to a turn of the loop write into each other's place, where one alone would be copied back.
+    matrix = ops.fori_loop(0, shape[-1] // 2, lambda i, matrix: eliminate(2 * i + 1, eliminate(2 * i, matrix)), matrix)
+    return eliminate(shape[-1] - 1, matrix) if shape[-1] % 2 else matrix
 
 
 if keras.backend.backend() == "torch":
@@ -177,7 +180,6 @@ if keras.backend.backend() == "torch":
 
     _damped_inverse, _damped_inverse_root = _damped_inverse_torch, _damped_inverse_root_torch
 else:
-    _damped_inverse, _damped_inverse_root = _damped_inverse_in_graph, _damped_inverse_root_in_graph
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -186,15 +188,23 @@ else:
         def _inverse(matrix):
             root = _inverse_root(matrix)
             return tf.matmul(root, root, transpose_a=True)
+
+        def _once_per_shape(function):
+            traced = tf.function(function, autograph=False)
+            return lambda *tensors: (function if tf.executing_eagerly() else traced)(*map(tf.convert_to_tensor, tensors))
     else:
         import jax
 
-        # Outside a compiled step, the loop would be traced again at each call.
-        _jitted_gauss_jordan = jax.jit(gauss_jordan, static_argnums=1)
-
-        def _inverse(matrix, is_root=False):
-            # Every device inverts by itself. Split over devices, the elimination would cross them for every pivot.
-            return laid_out(_jitted_gauss_jordan(laid_out(matrix), is_root))
+        _inverse = gauss_jordan
 
         def _inverse_root(matrix):
-            return _inverse(matrix, is_root=True)
+            return gauss_jordan(matrix, is_root=True)
+
+        def _once_per_shape(function):
+            # Every device inverts by itself. Split over devices, the elimination would cross them for every pivot.
+            jitted = jax.jit(function)
+            return lambda matrix, damping: laid_out(jitted(laid_out(matrix), damping))
+
+    # Layers whose matrices have one shape share a trace.
+    _damped_inverse = _once_per_shape(_damped_inverse_in_graph)
+    _damped_inverse_root = _once_per_shape(_damped_inverse_root_in_graph)
