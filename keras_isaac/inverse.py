@@ -84,15 +84,19 @@ def _damped_inverse_root_torch(matrix, damping):
 
 
 def _from_factor_torch(matrix, damping, floor, inverse_of, power):
-    # Eager PyTorch pays for every operation, so that these are few and its own.
     size, dtype = matrix.shape[-1], matrix.dtype
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    floor *= torch.finfo(dtype).eps
     identity = torch.eye(size, dtype=dtype, device=matrix.device)
-    damped = torch.addcmul(matrix, identity, torch.maximum(damping, trace * (torch.finfo(dtype).eps * floor) + _TINY))
+    if matrix.device.type == "cpu" and matrix.ndim == 2 and not (matrix.requires_grad or torch.compiler.is_compiling()):
+        # Eager PyTorch pays for every operation on tensors. Here nothing waits for a number.
+        damped = torch.add(matrix, identity, alpha=max(float(damping), floor * matrix.trace().item() + _TINY))
+        factor, failed_at = torch.linalg.cholesky_ex(damped)
+        if failed_at.item() == 0:
+            return inverse_of(factor)
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     # The `_ex` form neither raises nor waits for the device.
+    damped = torch.addcmul(matrix, identity, torch.maximum(damping, trace * floor + _TINY))
     factor, failed_at = torch.linalg.cholesky_ex(damped)
-    if matrix.device.type == "cpu" and not torch.compiler.is_compiling() and not failed_at.any():
-        return inverse_of(factor)
     failed = (failed_at > 0)[..., None, None]
     inverse = inverse_of(torch.where(failed, identity, factor))
     return torch.where(failed, inverse / (damping + trace) ** power, inverse)
