@@ -96,7 +96,7 @@ def main():
     x, y = x[:128].astype("float32") / 16, y[:128].astype("int32")
     layers = [keras.Input((64,)), keras.layers.Dense(200, activation="relu"), keras.layers.Dense(10)]
     model = capture_inputs(keras.Sequential(layers))
-    optimizer = ISAAC(learning_rate=2.0, damping=0.1)
+    optimizer = ISAAC(learning_rate=2.0, damping=0.1, inner_optimizer="sgd", relative_damping=False)
     loss_fn = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     train = {"jax": train_jax, "tensorflow": train_tensorflow, "torch": train_torch}[keras.backend.backend()]
     losses = train(model, optimizer, loss_fn, x, y, arguments.steps)

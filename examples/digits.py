@@ -77,8 +77,8 @@ def build_optimizer(method, damping, learning_rate=None):
         "Muon": lambda: keras.optimizers.Muon(
             learning_rate, exclude_layers=["last"], weight_decay=None, adam_weight_decay=None
         ),
-        "ISAAC": lambda: ISAAC(learning_rate, damping=damping),
-        "ISAAC + Adam": lambda: ISAAC(learning_rate, damping=damping, inner_optimizer="adam"),
+        "ISAAC": lambda: ISAAC(learning_rate, damping, "sgd", relative_damping=False),
+        "ISAAC + Adam": lambda: ISAAC(learning_rate, damping, "adam", relative_damping=False),
     }[method]()
 
 

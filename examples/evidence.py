@@ -25,6 +25,7 @@ RATES = {
     "sgd": (10.0, 3.0, 1.0, 0.3, 0.1, 0.03),
     "adamw": (0.01, 0.003, 0.001, 0.0003, 0.0001),
     "muon": (0.01, 0.003, 0.001, 0.0003, 0.0001),
+    "kfac": (1.0, 0.3, 0.1, 0.03),
 }
 
 
@@ -49,26 +50,33 @@ METHODS = {
     "ISAAC + momentum, norm": Method("sgd", {"momentum": 0.9}, NORM, (1.0,)),
     "ISAAC + AdamW": Method("adamw", {}, RELATIVE, (0.1, 1.0)),
     "ISAAC + AdamW, norm": Method("adamw", {}, NORM, (0.1, 1.0)),
-    "ISAAC + AdamW, absolute": Method("adamw", {}, {}, (0.1, 1.0)),
+    "ISAAC + AdamW, absolute": Method("adamw", {}, {"relative_damping": False}, (0.1, 1.0)),
     "ISAAC + AdamW, 256 rows": Method("adamw", {}, {**RELATIVE, "max_rows": 256}, (0.1, 1.0)),
     "ISAAC + AdamW, all rows": Method("adamw", {}, {**RELATIVE, "max_rows": None}, (0.1, 1.0)),
     "ISAAC + Muon": Method("muon", {}, RELATIVE, (1.0,)),
+    "K-FAC": Method("kfac", {}, None, (0.1, 0.01)),
 }
+# Its package is PyTorch's, and it is run where it is cheap enough.
+TASKS_OF_KFAC = ("classifier", "autoencoder")
 # Where no kernel is shared over positions, rows are not capped.
 WITHOUT_POSITIONS = ("classifier", "autoencoder", "tabular")
 
 
 class Trainer:
-    """One task under one method, compiled once for all learning rates, dampings and seeds."""
+    """One task under one method, compiled once for all learning rates, dampings and seeds.
 
-    def __init__(self, task, method):
+    `choose`, a function of the model, names the layers to capture; without it, all are.
+    """
+
+    def __init__(self, task, method, choose=lambda model: None):
         import keras
 
         from keras_isaac import ISAAC, capture_inputs
 
         self.task, self.keras = task, keras
         self.train_data, self.test_data = task.data()
-        self.model = capture_inputs(task.build(SEEDS[0]))
+        model = task.build(SEEDS[0])
+        self.model = capture_inputs(model, include=choose(model))
         options = dict(method.options)
         if method.optimizer == "muon":
             options["exclude_layers"] = ["logits"]
@@ -90,13 +98,9 @@ class Trainer:
             self.optimizer.damping = damping
 
     def fit(self, first_step, last_step, seed):
-        """Trains some steps, on the same batches for all methods."""
-        import numpy as np
-
+        """Trains some steps."""
         x, y = self.train_data
-        places = np.arange(first_step * self.task.batch_size, last_step * self.task.batch_size)
-        orders = np.random.default_rng(seed)
-        order = np.concatenate([orders.permutation(len(x)) for _ in range(places[-1] // len(x) + 1)])[places]
+        order = batches(self.task, len(x), first_step, last_step, seed)
         self.model.fit(x[order], y[order], batch_size=self.task.batch_size, shuffle=False, verbose=0)
 
     def run(self, learning_rate, damping, seed):
@@ -113,6 +117,24 @@ class Trainer:
                 return {"losses": None}
         held_out = self.model.evaluate(*self.test_data, batch_size=256, verbose=0, return_dict=True)
         return {"losses": losses, **{name: float(f"{value:.4g}") for name, value in held_out.items()}}
+
+
+def batches(task, num_samples, first_step, last_step, seed):
+    """Returns which samples make the batches of some steps, the same for all methods."""
+    import numpy as np
+
+    places = np.arange(first_step * task.batch_size, last_step * task.batch_size)
+    orders = np.random.default_rng(seed)
+    return np.concatenate([orders.permutation(num_samples) for _ in range(places[-1] // num_samples + 1)])[places]
+
+
+def make_trainer(task, method):
+    """Returns what trains a task under a method."""
+    if method.optimizer == "kfac":
+        from kfac import KfacTrainer
+
+        return KfacTrainer(task)
+    return Trainer(task, method)
 
 
 def key(method, learning_rate, damping, seed):
@@ -161,7 +183,7 @@ def run_grid(task_name, method_name, num_seeds, max_seconds):
         if time.perf_counter() - started > max_seconds:
             print(f"{task_name}: {method_name}: out of time")
             return
-        trainer = trainer or Trainer(TASKS[task_name], method)
+        trainer = trainer or make_trainer(TASKS[task_name], method)
         start = time.perf_counter()
         run = trainer.run(*each)
         # Another process may have added runs of another method.
@@ -175,7 +197,7 @@ def time_steps(task_name, methods, repetitions=7):
     """Measures the methods' steps in turns: milliseconds, medians."""
     from tasks import TASKS
 
-    trainers = {name: Trainer(TASKS[task_name], METHODS[name]) for name in methods}
+    trainers = {name: make_trainer(TASKS[task_name], METHODS[name]) for name in methods}
     times = {name: [] for name in trainers}
     for repetition in range(repetitions + 1):
         for name, trainer in trainers.items():
@@ -215,6 +237,7 @@ def main():
 
     for task in arguments.tasks or TASKS:
         methods = [name for name in arguments.methods or METHODS if not (task in WITHOUT_POSITIONS and name.endswith("rows"))]
+        methods = [name for name in methods if name != "K-FAC" or task in TASKS_OF_KFAC]
         if arguments.time:
             time_steps(task, methods)
             continue

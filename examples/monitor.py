@@ -45,7 +45,7 @@ def main():
     hidden = [keras.layers.Dense(arguments.width, "relu", name=f"hidden_{number}") for number in (1, 2, 3)]
     model = keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(10, name="logits")], name="digits")
     model = keras_isaac.capture_inputs(model)
-    optimizer = keras_isaac.ISAAC(0.003, damping=arguments.relative_damping, relative_damping=True, inner_optimizer="adamw")
+    optimizer = keras_isaac.ISAAC(0.003, damping=arguments.relative_damping)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     keras_isaac.summary(model, batch_size=60)
     seconds = []

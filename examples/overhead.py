@@ -206,7 +206,8 @@ def make_trainer(benchmark, contender):
         return make_torch_loop(benchmark, contender)
     optimizer, capture, make_layer = keras.optimizers.SGD(LEARNING_RATE), lambda model: model, ()
     if contender in benchmark.variants:
-        optimizer, capture = ISAAC(LEARNING_RATE, DAMPING, max_rows=benchmark.variants[contender]), capture_inputs
+        max_rows = benchmark.variants[contender]
+        optimizer, capture = ISAAC(LEARNING_RATE, inner_optimizer="sgd", max_rows=max_rows), capture_inputs
     elif contender == "package in fit":
         make_layer = [lambda *layer: keras.layers.TorchModuleWrapper(make_torch_layer(contender, *layer))]
     model = capture(benchmark.build(*make_layer))

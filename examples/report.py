@@ -15,7 +15,9 @@ from pathlib import Path
 from evidence import METHODS, NUM_CHECKS, RATES, RESULTS, SEEDS, best, final_loss, key, load
 
 REFERENCES = ("AdamW", "Muon")
-PICTURED = ("SGD", "AdamW", "Muon", "ISAAC, norm", "ISAAC + AdamW", "ISAAC()")
+PICTURED = ("SGD", "AdamW", "Muon", "ISAAC, norm", "ISAAC + AdamW")
+# `AdamW()` and `ISAAC()`, in the first seed.
+BY_DEFAULT = {"AdamW": (0.001, None), "ISAAC + AdamW": (0.001, 1.0)}
 
 
 def chosen(results, method):
@@ -90,6 +92,22 @@ def print_table(task, results):
     Console(width=150).print(table)
 
 
+def print_defaults(tasks):
+    """Prints what comes of the optimizers without arguments, and of the best of their grids."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="training loss without arguments, and tuned")
+    for column in ("task", "AdamW()", "ISAAC()", "AdamW, tuned", "ISAAC + AdamW, tuned"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task in tasks:
+        results = load(task)
+        default = [results["runs"].get(key(method, *setting, SEEDS[0])) for method, setting in BY_DEFAULT.items()]
+        tuned = [results["runs"].get(key(method, *best(results, method), SEEDS[0])) for method in BY_DEFAULT]
+        table.add_row(task, *(f"{final_loss(run):.3g}" if run else "" for run in (*default, *tuned)))
+    Console(width=150).print(table)
+
+
 def save_pictures(tasks, folder):
     """Saves the loss by step, and the last loss by learning rate."""
     import matplotlib as mpl
@@ -152,6 +170,7 @@ def main():
     tasks = [path.stem for path in sorted(RESULTS.glob("*.json"))]
     for task in tasks:
         print_table(task, load(task))
+    print_defaults(tasks)
     save_pictures(tasks, arguments.pictures)
 
 

@@ -154,10 +154,16 @@ def _pretrained_weights():
     return model.get_weights()
 
 
-def lora(seed):
-    """The transformer, trained on prose, with LoRA of rank 8 in its dense and attention layers."""
+def fine_tuned(seed):
+    """The transformer, trained on prose."""
     model = transformer(seed)
     model.set_weights(_pretrained_weights())
+    return model
+
+
+def lora(seed):
+    """The transformer, trained on prose, with LoRA of rank 8 in its dense and attention layers."""
+    model = fine_tuned(seed)
     keras.utils.set_random_seed(seed)
     # A container that is frozen has no trainable variables, so that what it contains is frozen one by one.
     pending = list(model.layers)

@@ -17,6 +17,15 @@ _EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52}
 _TINY = 1e-37
 
 
+def trace(matrix):
+    """Returns the sum of the diagonal of a matrix `[..., k, k]`, as `[..., 1, 1]`."""
+    if keras.backend.backend() == "torch":
+        return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    # A sum under a mask is fewer kernels than a diagonal taken out of its matrix.
+    on_diagonal = ops.eye(ops.shape(matrix)[-1], dtype=matrix.dtype) > 0
+    return ops.sum(ops.where(on_diagonal, matrix, 0.0), axis=(-2, -1), keepdims=True)
+
+
 def damped_inverse(matrix, damping):
     """Returns (λI + M)⁻¹.
 
@@ -68,8 +77,8 @@ def _damped(matrix, damping, floor):
     """Returns λI + M for a λ of at least `floor` times the trace's epsilon, what bounds its eigenvalues, and I."""
     dtype = keras.backend.standardize_dtype(matrix.dtype)
     identity = ops.eye(ops.shape(matrix)[-1], dtype=dtype)
-    trace = ops.sum(ops.where(identity > 0, matrix, 0.0), axis=(-2, -1), keepdims=True)
-    return matrix + ops.maximum(damping, _EPSILON[dtype] * floor * trace + _TINY) * identity, damping + trace, identity
+    bound = trace(matrix)
+    return matrix + ops.maximum(damping, _EPSILON[dtype] * floor * bound + _TINY) * identity, damping + bound, identity
 
 
 def _damped_inverse_torch(matrix, damping):
@@ -93,13 +102,13 @@ def _from_factor_torch(matrix, damping, floor, inverse_of, power):
         factor, failed_at = torch.linalg.cholesky_ex(damped)
         if failed_at.item() == 0:
             return inverse_of(factor)
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    bound = trace(matrix)
     # The `_ex` form neither raises nor waits for the device.
-    damped = torch.addcmul(matrix, identity, torch.maximum(damping, trace * floor + _TINY))
+    damped = torch.addcmul(matrix, identity, torch.maximum(damping, bound * floor + _TINY))
     factor, failed_at = torch.linalg.cholesky_ex(damped)
     failed = (failed_at > 0)[..., None, None]
     inverse = inverse_of(torch.where(failed, identity, factor))
-    return torch.where(failed, inverse / (damping + trace) ** power, inverse)
+    return torch.where(failed, inverse / (damping + bound) ** power, inverse)
 
 
 def _inverse_root_tensorflow(matrix):

@@ -22,10 +22,10 @@ import cases
 import keras
 import ml_dtypes
 import numpy as np
-from harness import BACKEND, run, to_numpy
+from harness import BACKEND, paper_isaac, run, to_numpy
 from keras import layers
 
-from keras_isaac import ISAAC, capture_inputs
+from keras_isaac import capture_inputs
 
 TABLE = {case.id: case for case in cases.CASES if case.id != "dense-blocked-inverse"}
 # (Significant bits, smallest normal number) of what a layer computes in.
@@ -196,7 +196,7 @@ def _layer(drawn):
     layer, inputs, cotangent = cases.data(case, (*drawn.seed, 2))
     inputs, cotangent = spoiled(inputs, drawn.data, random)[:batch], cotangent[:batch]
     cotangent = cotangent * np.float32({"large gradient": 1e30, "small gradient": 1e-30}.get(drawn.data, 1))
-    optimizer = ISAAC(**drawn.options)
+    optimizer = paper_isaac(**drawn.options)
 
     holder = Holder(layer)
     plain, error = attempt(lambda: run(holder, inputs, cotangent, compiled=drawn.compiled))
@@ -336,7 +336,7 @@ def _network(drawn):
         inner = keras.optimizers.get({"class_name": config.pop("class_name"), "config": config})
         if captured:
             capture_inputs(model)
-            inner = ISAAC(inner_optimizer=inner, **options)
+            inner = paper_isaac(inner_optimizer=inner, **options)
         eager = {} if drawn.compiled else {"run_eagerly": True}
         model.compile(optimizer=inner, loss="mse", jit_compile=False if BACKEND != "jax" or eager else "auto", **eager)
         before = [(weight.path, tuple(weight.shape), weight.dtype) for weight in model.weights]

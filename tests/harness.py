@@ -6,6 +6,8 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from keras_isaac import ISAAC
+
 BACKEND = keras.backend.backend()
 
 
@@ -15,6 +17,13 @@ class Pass(NamedTuple):
     outputs: np.ndarray
     input_gradient: np.ndarray | None
     gradients: list
+
+
+def paper_isaac(*args, **options):
+    """`ISAAC` as the paper has it, unless told otherwise: around SGD, with an absolute damping."""
+    if len(args) < 3:
+        options = {"inner_optimizer": "sgd", **options}
+    return ISAAC(*args, **{"relative_damping": False, **options})
 
 
 def to_numpy(tensor):

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import keras
 import pytest
+from harness import paper_isaac
 
-from keras_isaac import ISAAC, capture_inputs
+from keras_isaac import capture_inputs
 from keras_isaac.layers import adapter_of, supported_kinds
 
 FILES = (
@@ -65,7 +66,7 @@ class Capturing(Outcomes):
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
         """Runs the test."""
-        optimizer = ISAAC(damping=1e30)
+        optimizer = paper_isaac(damping=1e30)
         variables = [[variable.value for variable in optimizer.variables]] if keras.backend.backend() == "jax" else []
         with optimizer.conditioning(*variables):
             result = yield

@@ -7,11 +7,11 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import BACKEND, to_numpy
+from harness import BACKEND, paper_isaac, to_numpy
 from keras import layers
 from models import fit, mlp, regression, sequences, with_random_weights
 
-from keras_isaac import ISAAC, capture_inputs
+from keras_isaac import capture_inputs
 from keras_isaac.callbacks import CurvatureMonitor
 
 # PyTorch executes one step at a time.
@@ -49,7 +49,7 @@ def test_dense_layers_after_some_steps(num, options):
     x, y = (each[:num] for each in data)
     model, twin = capture_inputs(mlp()), capture_inputs(mlp())
     for each in (model, twin):
-        each.compile(optimizer=ISAAC(0.1, damping=0.2, **options), loss="mse")
+        each.compile(optimizer=paper_isaac(0.1, damping=0.2, **options), loss="mse")
     monitor = monitored(model, data, (x, y), batch_size=16)
     assert monitor.history["step"] == [0, 2]
     # The state of the second measurement: that after two steps.
@@ -75,7 +75,7 @@ def test_tables_groups_and_shared_layers(relative):
     shared = layers.Dense(4, name="shared")
     x = shared(shared(x))
     model = with_random_weights(capture_inputs(keras.Model(tokens, layers.Dense(3)(layers.Flatten()(x)))))
-    model.compile(optimizer=ISAAC(damping=0.2, relative_damping=relative), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.2, relative_damping=relative), loss="mse")
     x, y = sequences(8)
     table = to_numpy(model.get_layer("table").embeddings)
     monitor = monitored(model, (x, y), (x, y))
@@ -100,7 +100,7 @@ def test_tables_groups_and_shared_layers(relative):
 
 def test_a_huge_damping_is_the_plain_gradient():
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(damping=1e8), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=1e8), loss="mse")
     monitor = monitored(model, regression(16), regression(8))
     assert numbers(monitor, model.get_layer("hidden").kernel.path)[2:] == pytest.approx([1, 1], abs=1e-5)
 
@@ -126,7 +126,7 @@ def test_a_monitored_run_is_the_run_without(around):
     for watched in (False, True):
         keras.utils.set_random_seed(1)
         model = noisy()
-        optimizer = ISAAC(0.1, damping=0.3, momentum=0.9, output_damping=1.0 if around == "ISAAC" else None)
+        optimizer = paper_isaac(0.1, damping=0.3, momentum=0.9, output_damping=1.0 if around == "ISAAC" else None)
         if around == "LossScaleOptimizer":
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         model.compile(optimizer=optimizer, loss="mse", metrics=["mae"])
@@ -144,7 +144,7 @@ def test_a_monitored_run_is_the_run_without(around):
 
 def test_logs_have_the_same_keys_every_epoch(tmp_path):
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(), loss="mse", steps_per_execution=STEPS)
+    model.compile(optimizer=paper_isaac(), loss="mse", steps_per_execution=STEPS)
     monitor, logger = CurvatureMonitor(regression(8), every_steps=5), keras.callbacks.CSVLogger(tmp_path / "log.csv")
     history = fit(model, regression(64), epochs=3, callbacks=[monitor, logger])
     # Four steps an epoch, one or two at a time.
@@ -173,7 +173,7 @@ class Own(keras.Model):
 @pytest.mark.parametrize("eagerly", [False, True], ids=["compiled", "eager"])
 def test_a_model_that_is_not_built(eagerly):
     model = capture_inputs(Own())
-    model.compile(optimizer=ISAAC(), loss="mse", run_eagerly=eagerly)
+    model.compile(optimizer=paper_isaac(), loss="mse", run_eagerly=eagerly)
     monitor = monitored(model, regression(32), (*regression(8), np.ones(8, "float32")))
     assert len(monitor.history) == 9
 
@@ -181,7 +181,7 @@ def test_a_model_that_is_not_built(eagerly):
 def test_plot(monkeypatch):
     pytest.importorskip("matplotlib")
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(), loss="mse")
+    model.compile(optimizer=paper_isaac(), loss="mse")
     monitor = CurvatureMonitor(regression(8))
     with pytest.raises(ValueError, match=r"nothing to plot before a `fit`: write `model.fit\(..., callbacks=\[monitor\]\)`"):
         monitor.plot()
@@ -203,7 +203,7 @@ def test_errors():
             CurvatureMonitor(regression(8), every_steps)
     for optimizer, capture, message in (
         ("sgd", capture_inputs, "compile the model with `keras_isaac.ISAAC`"),
-        (ISAAC(), lambda model: model, r"Write `model = keras_isaac.capture_inputs\(model\)`"),
+        (paper_isaac(), lambda model: model, r"Write `model = keras_isaac.capture_inputs\(model\)`"),
     ):
         model = capture(mlp())
         model.compile(optimizer=optimizer, loss="mse")

@@ -4,11 +4,11 @@ import pickle
 import keras
 import numpy as np
 import pytest
-from harness import to_numpy
+from harness import paper_isaac, to_numpy
 from keras.optimizers import SGD, Adam
 from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
 
-from keras_isaac import ISAAC, capture_inputs
+from keras_isaac import capture_inputs
 
 
 def is_captured(layer):
@@ -27,8 +27,8 @@ def test_returns_its_target_which_keeps_class_and_weights():
 
 
 def test_twice_is_once():
-    twice = trained(ISAAC(damping=0.1), lambda model: capture_inputs(capture_inputs(model)))
-    assert_close(twice, trained(ISAAC(damping=0.1), capture_inputs), 0)
+    twice = trained(paper_isaac(damping=0.1), lambda model: capture_inputs(capture_inputs(model)))
+    assert_close(twice, trained(paper_isaac(damping=0.1), capture_inputs), 0)
 
 
 def test_two_calls_add_up():
@@ -36,7 +36,7 @@ def test_two_calls_add_up():
         for layer in model.layers:
             capture_inputs(model, include=layer)
 
-    assert_close(trained(ISAAC(damping=0.1), by_layer), trained(ISAAC(damping=0.1), capture_inputs), 0)
+    assert_close(trained(paper_isaac(damping=0.1), by_layer), trained(paper_isaac(damping=0.1), capture_inputs), 0)
 
 
 @pytest.mark.parametrize("optimizer", [lambda: SGD(0.1, momentum=0.9), Adam], ids=["sgd", "adam"])
@@ -62,7 +62,7 @@ def test_capturing_holds_from_the_next_step(when, capture):
         fit(model, data, epochs=2)
     capture(model)
     for each in (model, reference):
-        each.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+        each.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     fit(model, data, epochs=2)
     fit(reference, data, epochs=2)
     assert_close(weights(model), weights(reference), 0)
@@ -74,7 +74,7 @@ def test_capturing_more_layers_renews_a_compiled_isaac_step():
     def run(more):
         model = mlp()
         capture_inputs(model, include=model.layers[0])
-        model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+        model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
         fit(model, data)
         more(model)
         fit(model, data)
@@ -95,19 +95,19 @@ def test_compiling_again_with_another_loss_renews_the_step():
             fit(model, regression())
         return weights(model)
 
-    assert_close(run(capture_inputs, lambda: ISAAC(0.1, damping=1e8)), run(lambda model: None, lambda: SGD(0.1)), 1e-5)
+    assert_close(run(capture_inputs, lambda: paper_isaac(0.1, damping=1e8)), run(lambda model: None, lambda: SGD(0.1)), 1e-5)
 
 
 def test_one_layer_of_a_model_built_before_and_after():
     data = regression(16)
-    selected = trained(ISAAC(damping=0.1), lambda model: capture_inputs(model, include=model.layers[1]), data)
-    alone = trained(ISAAC(damping=0.1), lambda model: capture_inputs(model.layers[1]), data)
+    selected = trained(paper_isaac(damping=0.1), lambda model: capture_inputs(model, include=model.layers[1]), data)
+    alone = trained(paper_isaac(damping=0.1), lambda model: capture_inputs(model.layers[1]), data)
     assert_close(alone, selected, 0)
     head = capture_inputs(keras.layers.Dense(3, name="head"))
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, activation="tanh"), head])
     for weight, value in zip(model.trainable_variables, weights(mlp()), strict=True):
         weight.assign(value)
-    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     fit(model, data)
     assert_close(weights(model), selected, 0)
 
@@ -124,7 +124,7 @@ def test_nested_and_shared_layers_are_captured():
     model, inner, shared = nested()
     capture_inputs(model)
     assert all(is_captured(layer) for layer in (inner.layers[0], shared, model.layers[-1]))
-    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     history = fit(model, regression(), epochs=20)
     assert history.history["loss"][-1] < history.history["loss"][0] / 2
 
@@ -136,7 +136,7 @@ def test_shared_layer_is_conditioned_call_by_call():
     inputs = [keras.Input((4,)), keras.Input((4,))]
     model = keras.Model(inputs, keras.layers.Add()([layer(x) for x in inputs]))
     kernel = to_numpy(layer.kernel)
-    capture_inputs(model).compile(optimizer=ISAAC(1.0, damping=0.1), loss="mse")
+    capture_inputs(model).compile(optimizer=paper_isaac(1.0, damping=0.1), loss="mse")
     random = np.random.default_rng(0)
     first, second, target = random.normal(size=(3, 6, 4)).astype("float32")
     gradient = 2 * ((first + second).astype("float64") @ kernel - target) / target.size
@@ -167,7 +167,7 @@ class Branches(keras.Model):
 
 def test_subclassed_model_with_later_built_layers():
     model = capture_inputs(Branches())
-    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     fit(model, regression())
     assert all(is_captured(layer) for layer in (*model.blocks, model.late, model.heads["main"]))
 
@@ -175,11 +175,11 @@ def test_subclassed_model_with_later_built_layers():
 def test_sequential_grows_after_capturing():
     model = capture_inputs(keras.Sequential([keras.layers.Dense(4, activation="tanh")]))
     model.add(keras.layers.Dense(3))
-    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     fit(model, regression())
     assert all(is_captured(layer) for layer in model.layers)
     model.add(keras.layers.Dense(3))
-    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     fit(model, regression())
     assert is_captured(model.layers[-1])
 
@@ -195,7 +195,7 @@ def test_class_decorator(options):
     model = Decorated(units=4, name="branches")
     assert type(model) is Decorated
     assert model.get_config() == plain_config
-    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     fit(model, regression())
     assert is_captured(model.blocks[0])
     assert is_captured(model.heads["main"]) == (options is None)
@@ -216,7 +216,7 @@ def test_class_decorator_of_a_functional_subclass_and_a_custom_train_step():
             return super().train_step(*args, **kwargs)
 
     model = Custom()
-    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     fit(model, regression())
     assert steps
 
@@ -259,7 +259,7 @@ def test_error_rules_that_match_nothing():
 
 def test_error_rules_that_match_nothing_in_a_model_built_later():
     model = capture_inputs(Branches(), include="nowhere")
-    model.compile(optimizer=ISAAC(), loss="mse")
+    model.compile(optimizer=paper_isaac(), loss="mse")
     with pytest.raises(ValueError, match="`include` matches no layer of Branches"):
         fit(model, regression())
 
@@ -308,11 +308,11 @@ def test_frozen_layers_train_as_frozen():
         model.layers[0].trainable = False
         capture_inputs(model)
 
-    before, after = weights(mlp()), trained(ISAAC(damping=0.1), freeze)
+    before, after = weights(mlp()), trained(paper_isaac(damping=0.1), freeze)
     assert_differ(after, before[2:])
     model = mlp()
     freeze(model)
-    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     fit(model, regression())
     assert_close([to_numpy(w) for w in model.layers[0].weights], before[:2])
 
@@ -320,13 +320,13 @@ def test_frozen_layers_train_as_frozen():
 @pytest.mark.parametrize("copied", ["clone", "deepcopy", "pickle"])
 def test_copies_are_plain_and_the_original_stays_captured(copied):
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     copy_of = {"clone": keras.models.clone_model, "deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
     other = copy_of[copied](model)
     assert not any(is_captured(layer) for layer in other.layers)
     fit(model, regression())
     assert is_captured(model.layers[0])
-    other.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    other.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     with pytest.raises(ValueError, match="no captured layer took part"):
         fit(other, regression())
 
@@ -340,14 +340,14 @@ def test_regularizers_and_constraints_work_as_before():
         fit(model, regression())
         return weights(model)
 
-    assert_close(run(ISAAC(0.1, damping=1e8)), run(SGD(0.1)), 1e-5)
-    assert run(ISAAC(0.1, damping=0.1))[0].min() >= 0
+    assert_close(run(paper_isaac(0.1, damping=1e8)), run(SGD(0.1)), 1e-5)
+    assert run(paper_isaac(0.1, damping=0.1))[0].min() >= 0
 
 
 def test_lora_trains_plain_for_now():
     model = mlp()
     model.layers[0].enable_lora(2)
-    capture_inputs(model).compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    capture_inputs(model).compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     before = to_numpy(model.layers[0].lora_kernel_b)
     fit(model, regression())
     assert np.abs(to_numpy(model.layers[0].lora_kernel_b) - before).max() > 0
@@ -355,6 +355,6 @@ def test_lora_trains_plain_for_now():
 
 def test_integer_inputs():
     model = capture_inputs(keras.Sequential([keras.Input((6,), dtype="int32"), keras.layers.Dense(3)]))
-    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     inputs, targets = regression()
     fit(model, ((inputs * 3).astype("int32"), targets))

@@ -4,13 +4,13 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import BACKEND, jit, to_numpy
+from harness import BACKEND, jit, paper_isaac, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 from oracle import relative_error
 
-from keras_isaac import ISAAC, capture_inputs, conditioner
+from keras_isaac import capture_inputs, conditioner
 from keras_isaac.conditioner import condition, conditioned_gradient
 
 EPSILON = 2.0**-23
@@ -134,7 +134,7 @@ def test_theorem_gauss_newton_for_the_last_layer_under_squared_error(hidden):
     features = keras.ops.convert_to_numpy(model.layers[0](inputs)) if hidden else inputs
     damping = 1e-4
     # For the mean over 3 outputs the Gauss-Newton matrix is 2/3 XᵀX/r; a full step with ζ* = λ(...)⁻¹∇ is 3/2 / λ long.
-    capture_inputs(model).compile(optimizer=ISAAC(learning_rate=1.5 / damping, damping=damping), loss="mse")
+    capture_inputs(model).compile(optimizer=paper_isaac(learning_rate=1.5 / damping, damping=damping), loss="mse")
     model.train_on_batch(inputs, targets)
     solution = np.linalg.lstsq(features.astype("float64"), targets.astype("float64"), rcond=None)[0]
     assert relative_error(to_numpy(head.kernel), solution) < 1e-2

@@ -14,10 +14,10 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import BACKEND, to_numpy
+from harness import BACKEND, paper_isaac, to_numpy
 from models import assert_close, assert_differ, fit, mlp, regression, sequence_network, sequences, weights
 
-from keras_isaac import ISAAC, capture_inputs
+from keras_isaac import capture_inputs
 from keras_isaac.conditioner import conditioned_gradient
 from keras_isaac.operations import conditioned_matmul
 
@@ -81,7 +81,7 @@ def numpy_training(width, num_replicas):
 
 def one_device_training(num_replicas):
     """Weights of `sequence_network` by a loop on one device: the mean of the gradients of each part of the batch."""
-    model, optimizer, loss_fn = capture_inputs(sequence_network()), ISAAC(**OPTIONS), keras.losses.MeanSquaredError()
+    model, optimizer, loss_fn = capture_inputs(sequence_network()), paper_isaac(**OPTIONS), keras.losses.MeanSquaredError()
     variables = model.trainable_variables
     optimizer.build(variables)
     inputs, targets = sequences(NUM_STEPS * BATCH_SIZE)
@@ -151,7 +151,7 @@ def jax_distributions(dumps):
                 assert is_split == (kind == "model")
                 model.compile(optimizer=keras.optimizers.SGD(0.2), loss="mse")
                 if trained != "plain":
-                    optimizer = ISAAC(**OPTIONS, per_replica=trained == "per replica")
+                    optimizer = paper_isaac(**OPTIONS, per_replica=trained == "per replica")
                     capture_inputs(model).compile(optimizer=optimizer, loss="mse")
                 history = fit(model, data, batch_size=BATCH_SIZE)
                 (module,) = set(Path(dumps).glob("*jit_train_step*after_optimizations.txt")) - seen
@@ -172,7 +172,7 @@ def jax_replicas_of_groups():
     random = np.random.default_rng(0)
     rows, kernel, cotangent = (random.normal(size=shape).astype("float32") for shape in ((2, 24, 5), (2, 5, 3), (2, 24, 3)))
     dampings = np.float32([0.1, 1e-3])
-    conditioning = ISAAC(damping=0.1, output_damping=1e-3, per_replica=True).conditioning_of_step()
+    conditioning = paper_isaac(damping=0.1, output_damping=1e-3, per_replica=True).conditioning_of_step()
 
     def loss(kernel, rows, cotangent):
         return keras.ops.sum(conditioned_matmul(rows, kernel, conditioning) * cotangent)
@@ -297,7 +297,7 @@ def tensorflow_mirrored(network):
     assert strategy.num_replicas_in_sync == 2
     with strategy.scope():
         model, data = network_and_data(network)
-        capture_inputs(model).compile(optimizer=ISAAC(**OPTIONS), loss="mse")
+        capture_inputs(model).compile(optimizer=paper_isaac(**OPTIONS), loss="mse")
         fit(model, data, batch_size=BATCH_SIZE)
     return [weight.tolist() for weight in weights(model)]
 
@@ -330,7 +330,7 @@ def torch_loop(model, data, rank):
     from torch.nn.parallel import DistributedDataParallel
 
     distributed = DistributedDataParallel(capture_inputs(model))
-    optimizer, loss_fn = ISAAC(**OPTIONS), keras.losses.MeanSquaredError()
+    optimizer, loss_fn = paper_isaac(**OPTIONS), keras.losses.MeanSquaredError()
     variables = model.trainable_variables
     optimizer.build(variables)
     inputs, targets = (torch.tensor(array).chunk(2 * NUM_STEPS)[rank::2] for array in data)

@@ -25,9 +25,9 @@ SLIPS = {
     "inner-instance-first": (lambda: ISAAC(keras.optimizers.Adam()), "`ISAAC(inner_optimizer=keras.optimizers.Adam(...))`"),
     "unknown-argument": (
         lambda: ISAAC(lr=0.1),
-        "to the inner optimizer, and SGD says: Argument(s) not recognized: {'lr': 0.1}",
+        "to the inner optimizer, and AdamW says: Argument(s) not recognized: {'lr': 0.1}",
     ),
-    "argument-of-another": (lambda: ISAAC(inner_optimizer="adam", momentum=0.9), "inner optimizer, and Adam says: "),
+    "argument-of-another": (lambda: ISAAC(momentum=0.9), "Another takes its place by name: `ISAAC(inner_optimizer='sgd')`"),
     "no-such-optimizer": (lambda: ISAAC(inner_optimizer="adm"), "Could not interpret optimizer identifier: adm"),
     "no-optimizer": (lambda: ISAAC(inner_optimizer=None), "`inner_optimizer` must be the name of a Keras optimizer"),
     "damping-zero": (lambda: ISAAC(damping=0), "`damping` must be a finite number above 0 or a `keras.optimizers.schedules"),

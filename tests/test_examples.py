@@ -77,6 +77,15 @@ def test_evidence_resumes_and_is_reported(tmp_path, monkeypatch):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_papers_experiments_are_kept_whole(tmp_path):
+    output = run("paper.py", cwd=tmp_path)
+    # Nothing is left to run.
+    assert not re.search(r"^\w+: .*: ", output, re.MULTILINE), output
+    for row in ("λ_g infinite", "first three", "ISAAC \\+ AdamW, norm", "ISAAC in the last layer"):
+        assert re.search(rf"│ {row} +│( +([\d.e-]+|diverged) │)+", output), output
+    assert (tmp_path / "paper.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.fixture(scope="module")
 def overhead():
     spec = importlib.util.spec_from_file_location("overhead", EXAMPLES / "overhead.py")

@@ -4,10 +4,10 @@ import keras
 import numpy as np
 import pytest
 from cases import data, each_case, expected_gradient
-from harness import run
+from harness import paper_isaac, run
 from oracle import relative_error
 
-from keras_isaac import ISAAC, capture_inputs
+from keras_isaac import capture_inputs
 
 each_mode = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 
@@ -37,7 +37,7 @@ def test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(
     reading, names = case.read(layer, inputs), is_kernel(case, layer, inputs)
     assert set(names) - {None} == set(reading)
     for damping in (1e-4, 0.1, 1.0, 30.0):
-        conditioned = run(layer, inputs, cotangent, ISAAC(damping=damping), compiled)
+        conditioned = run(layer, inputs, cotangent, paper_isaac(damping=damping), compiled)
         assert relative_error(conditioned.outputs, plain.outputs) < 1e-6
         if plain.input_gradient is not None:
             assert relative_error(conditioned.input_gradient, plain.input_gradient) < 1e-6
@@ -56,7 +56,7 @@ def test_huge_damping_gives_the_plain_gradient_and_any_a_direction_of_increase(c
     plain = run(layer, inputs, cotangent)
     capture_inputs(layer)
     for damping in (1e-6, 1e-2, 1.0, 1e2, 1e8):
-        conditioned = run(layer, inputs, cotangent, ISAAC(damping=damping))
+        conditioned = run(layer, inputs, cotangent, paper_isaac(damping=damping))
         for actual, theirs in zip(conditioned.gradients, plain.gradients, strict=True):
             assert np.sum(actual * theirs) > 0
             if damping == 1e8:
@@ -68,7 +68,7 @@ def test_second_step_compiles_nothing(case, count_traces):
     layer, inputs, _ = data(case)
     traces = count_traces()
     model = keras.Sequential([keras.Input(inputs.shape[1:], dtype=inputs.dtype.name), traces.layer, layer])
-    capture_inputs(model).compile(optimizer=ISAAC(learning_rate=1e-3), loss="mse")
+    capture_inputs(model).compile(optimizer=paper_isaac(learning_rate=1e-3), loss="mse")
     targets = np.zeros(layer.compute_output_shape(inputs.shape), "float32")
     model.train_on_batch(inputs, targets)
     first = traces.count

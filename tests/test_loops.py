@@ -5,11 +5,11 @@ from pathlib import Path
 
 import keras
 import pytest
-from harness import BACKEND
+from harness import BACKEND, paper_isaac
 from keras.optimizers.schedules import PiecewiseConstantDecay
 from models import assert_close, assert_differ, fit, mlp, regression, weights
 
-from keras_isaac import ISAAC, capture_inputs
+from keras_isaac import capture_inputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import custom_loop
@@ -33,9 +33,9 @@ def fitted(optimizer, num_steps=5):
 @pytest.mark.parametrize(
     "optimizer",
     [
-        lambda: ISAAC(damping=0.1, momentum=0.9),
-        lambda: ISAAC(damping=0.1, inner_optimizer="adam", learning_rate=0.01),
-        lambda: ISAAC(damping=PiecewiseConstantDecay([2], [0.05, 1e8])),
+        lambda: paper_isaac(damping=0.1, momentum=0.9),
+        lambda: paper_isaac(damping=0.1, inner_optimizer="adam", learning_rate=0.01),
+        lambda: paper_isaac(damping=PiecewiseConstantDecay([2], [0.05, 1e8])),
     ],
     ids=["momentum", "adam", "damping schedule"],
 )
@@ -44,12 +44,12 @@ def test_the_loop_does_what_fit_does(optimizer):
 
 
 def test_the_scheduled_damping_moves_in_the_compiled_loop():
-    assert_differ(loop(ISAAC(damping=PiecewiseConstantDecay([2], [0.05, 1e8]))), loop(ISAAC(damping=0.05)))
+    assert_differ(loop(paper_isaac(damping=PiecewiseConstantDecay([2], [0.05, 1e8]))), loop(paper_isaac(damping=0.05)))
 
 
 def test_error_without_the_scope():
     model = capture_inputs(mlp())
-    optimizer = ISAAC()
+    optimizer = paper_isaac()
     optimizer.build(model.trainable_variables)
     gradients = [keras.ops.zeros(v.shape) for v in model.trainable_variables]
     with pytest.raises(ValueError, match=r"compute the loss inside `with optimizer.conditioning\(\):`"):
@@ -58,7 +58,7 @@ def test_error_without_the_scope():
 
 @pytest.mark.skipif(BACKEND != "jax", reason="state is explicit on JAX alone")
 def test_error_jax_without_the_optimizer_variables():
-    optimizer = ISAAC()
+    optimizer = paper_isaac()
     optimizer.build(mlp().trainable_variables)
     message = r"Write `with optimizer.conditioning\(optimizer_variables\):` with the same list of 3 tensors"
     for variables, received in (((), "None"), (([],), "a list of length 0")):
@@ -72,7 +72,7 @@ def test_error_jax_without_the_optimizer_variables():
 def test_the_scope_is_closed_after_an_exception():
     from keras_isaac import scope
 
-    optimizer = ISAAC()
+    optimizer = paper_isaac()
     arguments = [[v.value for v in optimizer.variables]] if BACKEND == "jax" else []
 
     def step():
@@ -89,7 +89,7 @@ def test_the_inner_of_two_scopes_goes_first():
     from keras_isaac import scope
 
     model = mlp()
-    outer, inner = ISAAC(damping=1.0), ISAAC(damping=2.0)
+    outer, inner = paper_isaac(damping=1.0), paper_isaac(damping=2.0)
     outer.build(model.trainable_variables)
     inner.build(model.layers[1].trainable_variables)
 

@@ -5,10 +5,10 @@ import re
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, to_numpy
+from harness import BACKEND, paper_isaac, to_numpy
 from models import assert_close, assert_differ, mlp, regression, sequence_network, sequences, weights
 
-from keras_isaac import ISAAC, capture_inputs
+from keras_isaac import capture_inputs
 
 pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="JAX lowers for other platforms")
 
@@ -74,7 +74,7 @@ def test_the_training_step_lowers_for_accelerators(make_step, network):
 
     make, data = NETWORKS[network]
     model, (x, y) = capture_inputs(make()), data()
-    model.compile(optimizer=ISAAC(inner_optimizer="adam", damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(inner_optimizer="adam", damping=0.1), loss="mse")
     model.train_on_batch(x, y)
     step, state = make_step(model)
     exported = export.export(jax.jit(step), platforms=["cpu", "cuda", "tpu"])(state, x, y)

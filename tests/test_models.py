@@ -3,11 +3,11 @@
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND
+from harness import BACKEND, paper_isaac
 from keras import layers
 from models import assert_differ, weights
 
-from keras_isaac import ISAAC, capture_inputs, kernel_status
+from keras_isaac import capture_inputs, kernel_status
 
 
 def transformer():
@@ -120,7 +120,7 @@ def test_a_whole_model_trains_and_computes_what_it_computed(build, options):
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     plain.compile(optimizer="sgd", loss=loss)
-    model.compile(optimizer=ISAAC(damping=0.3, inner_optimizer="adam", learning_rate=0.003, **options), loss=loss)
+    model.compile(optimizer=paper_isaac(damping=0.3, inner_optimizer="adam", learning_rate=0.003, **options), loss=loss)
     before = weights(model)
     keras.utils.set_random_seed(0)  # On PyTorch, a dropout without a seed of its own draws from the global generator.
     first_loss = float(plain.train_on_batch(inputs, targets))
@@ -145,7 +145,7 @@ def test_images_of_unknown_size_train():
     inputs = keras.Input((None, None, 3))
     hidden = layers.GlobalAveragePooling2D()(layers.SeparableConv2D(4, 3)(layers.Conv2D(4, 3, activation="relu")(inputs)))
     model = capture_inputs(keras.Model(inputs, layers.Dense(2)(hidden)))
-    model.compile(optimizer=ISAAC(damping=0.3), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.3), loss="mse")
     sizes = [(8, 9), (10, 7)]
     spec = (tf.TensorSpec((None, None, None, 3)), tf.TensorSpec((None, 2)))
     dataset = tf.data.Dataset.from_generator(

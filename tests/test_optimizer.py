@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, run, to_numpy
+from harness import BACKEND, paper_isaac, run, to_numpy
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
 from keras.optimizers.schedules import ExponentialDecay, PiecewiseConstantDecay
 from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
@@ -17,8 +17,8 @@ needs_muon = pytest.mark.skipif(Muon is None, reason="an older Keras has no Muon
 @pytest.mark.parametrize(
     ("arguments", "inner", "learning_rate"),
     [
-        ({}, SGD, 0.1),
-        ({"learning_rate": 0.5}, SGD, 0.5),
+        ({}, keras.optimizers.AdamW, 0.001),
+        ({"learning_rate": 0.5}, keras.optimizers.AdamW, 0.5),
         ({"inner_optimizer": "adam"}, Adam, 0.001),
         ({"inner_optimizer": "adam", "learning_rate": 0.01}, Adam, 0.01),
         ({"inner_optimizer": Adam, "learning_rate": 0.01}, Adam, 0.01),
@@ -36,46 +36,52 @@ def test_inner_optimizer_by_name_and_class(arguments, inner, learning_rate):
 def test_inner_optimizer_instance_and_keyword_arguments():
     adam = Adam(1e-3)
     assert ISAAC(inner_optimizer=adam).inner_optimizer is adam
-    assert ISAAC(momentum=0.9, clipnorm=1.0, weight_decay=0.1).inner_optimizer.get_config()["momentum"] == 0.9
+    momentum = ISAAC(inner_optimizer="sgd", momentum=0.9, clipnorm=1.0, weight_decay=0.1)
+    assert momentum.inner_optimizer.get_config()["momentum"] == 0.9
     positional = ISAAC(0.5, 2.0, "adam", "mine")
     assert (float(to_numpy(positional.damping)), positional.name) == (2.0, "mine")
+
+
+def test_defaults():
+    config = ISAAC().get_config()
+    assert (config["damping"], config["relative_damping"], config["preserve_norm"]) == (1.0, True, False)
 
 
 @pytest.mark.parametrize("damping", [0, 0.0, -1.0, float("nan"), float("inf"), "one", None, True, [1.0], np.float32(-1)])
 def test_error_damping_that_is_no_positive_number(damping):
     with pytest.raises(ValueError, match=r"`damping` must be a finite number above 0 .* Received: damping="):
-        ISAAC(damping=damping)
+        paper_isaac(damping=damping)
     with pytest.raises(ValueError, match="`damping` must be a finite number above 0"):
-        ISAAC().damping = damping
+        paper_isaac().damping = damping
 
 
 def test_error_arguments_beside_an_instance():
     with pytest.raises(
         ValueError, match=r"`learning_rate` cannot be given .* Write .*keras.optimizers.Adam\(learning_rate=0.1\)"
     ):
-        ISAAC(0.1, inner_optimizer=Adam())
+        paper_isaac(0.1, inner_optimizer=Adam())
     with pytest.raises(ValueError, match="`momentum`, `clipnorm` cannot be given beside an `inner_optimizer` instance"):
-        ISAAC(inner_optimizer=SGD(), momentum=0.9, clipnorm=1.0)
+        paper_isaac(inner_optimizer=SGD(), momentum=0.9, clipnorm=1.0)
 
 
 def test_error_inner_optimizer_that_is_none():
     with pytest.raises(TypeError, match="must be the name of a Keras optimizer, its class or an instance"):
-        ISAAC(inner_optimizer=3)
+        paper_isaac(inner_optimizer=3)
     with pytest.raises(TypeError, match="must be the name"):
-        ISAAC(inner_optimizer=keras.layers.Dense)
-    for inner_optimizer in (ISAAC(), LossScaleOptimizer(SGD())):
+        paper_isaac(inner_optimizer=keras.layers.Dense)
+    for inner_optimizer in (paper_isaac(), LossScaleOptimizer(SGD())):
         with pytest.raises(ValueError, match=r"cannot stand inside `ISAAC`\. Put it around it"):
-            ISAAC(inner_optimizer=inner_optimizer)
+            paper_isaac(inner_optimizer=inner_optimizer)
 
 
 def test_error_unknown_inner_argument_is_keras_own():
     with pytest.raises((TypeError, ValueError), match="momentom"):
-        ISAAC(momentom=0.9)
+        paper_isaac(momentom=0.9)
 
 
 @pytest.mark.parametrize("damping", [0.5, 2, np.float32(0.25), np.float64(4)])
 def test_damping_reads_and_sets(damping):
-    optimizer = ISAAC(damping=damping)
+    optimizer = paper_isaac(damping=damping)
     assert float(to_numpy(optimizer.damping)) == damping
     optimizer.damping = 3.0
     assert float(to_numpy(optimizer.damping)) == 3.0
@@ -89,13 +95,13 @@ def test_damping_reads_and_sets(damping):
 def test_layers_do_not_round_the_damping_to_their_compute_dtype(policy, damping, compiled):
     model = capture_inputs(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, dtype=policy)]))
     inputs, cotangent = np.full((2, 1), 2.0**-10, "float32"), np.full((2, 1), 2.0**10, "float32")
-    gradient = run(model, inputs, cotangent, ISAAC(damping=damping), compiled).gradients[0]
+    gradient = run(model, inputs, cotangent, paper_isaac(damping=damping), compiled).gradients[0]
     assert gradient[0, 0] == pytest.approx(2 * damping / (damping + 2.0**-20), rel=2.0**-8)
 
 
 def test_error_a_schedule_is_not_settable():
     schedule = ExponentialDecay(1.0, 10, 0.5)
-    for optimizer, damping in ((ISAAC(damping=schedule), 1.0), (ISAAC(), schedule)):
+    for optimizer, damping in ((paper_isaac(damping=schedule), 1.0), (paper_isaac(), schedule)):
         with pytest.raises(TypeError, match="To change it, compile the model with a new"):
             optimizer.damping = damping
 
@@ -103,7 +109,7 @@ def test_error_a_schedule_is_not_settable():
 def test_damping_set_between_fits_reaches_the_compiled_step():
     def weights_after(second_damping):
         model = capture_inputs(mlp())
-        model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+        model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
         fit(model, regression())
         model.optimizer.damping = second_damping
         fit(model, regression())
@@ -115,16 +121,16 @@ def test_damping_set_between_fits_reaches_the_compiled_step():
 def test_damping_schedule_moves_inside_a_compiled_fit():
     data = regression()
     schedule = PiecewiseConstantDecay([2], [0.05, 1e8])
-    scheduled = trained(ISAAC(damping=schedule), capture_inputs, data, epochs=3)
+    scheduled = trained(paper_isaac(damping=schedule), capture_inputs, data, epochs=3)
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(damping=0.05), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.05), loss="mse")
     for step in range(9):
         batch = slice(step % 3 * 16, step % 3 * 16 + 16)
         # Keras' piecewise schedule changes after its boundary: steps 0, 1 and 2 have the first value.
         model.optimizer.damping = 0.05 if step <= 2 else 1e8
         model.train_on_batch(data[0][batch], data[1][batch])
     assert_close(scheduled, weights(model))
-    assert_differ(scheduled, trained(ISAAC(damping=0.05), capture_inputs, data, epochs=3))
+    assert_differ(scheduled, trained(paper_isaac(damping=0.05), capture_inputs, data, epochs=3))
 
 
 @pytest.mark.parametrize(
@@ -148,16 +154,16 @@ def test_huge_damping_is_the_inner_optimizer(inner):
     plain = trained(
         getattr(keras.optimizers, {"sgd": "SGD", "adam": "Adam", "rmsprop": "RMSprop"}[name])(**arguments), epochs=3
     )
-    isaac = trained(ISAAC(damping=1e8, inner_optimizer=name, **arguments), capture_inputs, epochs=3)
+    isaac = trained(paper_isaac(damping=1e8, inner_optimizer=name, **arguments), capture_inputs, epochs=3)
     assert_close(isaac, plain, 1e-5)
-    assert_differ(trained(ISAAC(damping=0.1, inner_optimizer=name, **arguments), capture_inputs, epochs=3), plain)
+    assert_differ(trained(paper_isaac(damping=0.1, inner_optimizer=name, **arguments), capture_inputs, epochs=3), plain)
 
 
 def test_gradient_accumulation_averages_conditioned_gradients():
     data = regression()
-    accumulated = trained(ISAAC(damping=0.1, gradient_accumulation_steps=3), capture_inputs, data)
+    accumulated = trained(paper_isaac(damping=0.1, gradient_accumulation_steps=3), capture_inputs, data)
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(learning_rate=1.0, damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(learning_rate=1.0, damping=0.1), loss="mse")
     start, mean_step = weights(model), 0.0
     for batch in range(3):
         for weight, value in zip(model.trainable_variables, start, strict=True):
@@ -170,7 +176,7 @@ def test_gradient_accumulation_averages_conditioned_gradients():
 
 def test_iterations_are_the_inner_optimizers():
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(), loss="mse")
+    model.compile(optimizer=paper_isaac(), loss="mse")
     fit(model, regression(), epochs=2)
     assert int(to_numpy(model.optimizer.iterations)) == int(to_numpy(model.optimizer.inner_optimizer.iterations)) == 6
 
@@ -178,7 +184,7 @@ def test_iterations_are_the_inner_optimizers():
 def test_learning_rate_callbacks():
     seen = []
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(learning_rate=0.5), loss="mse")
+    model.compile(optimizer=paper_isaac(learning_rate=0.5), loss="mse")
     callbacks = [
         keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5),
         keras.callbacks.LambdaCallback(
@@ -197,11 +203,11 @@ def test_learning_rate_callbacks():
 @pytest.mark.parametrize(
     "optimizer",
     [
-        lambda: ISAAC(),
-        lambda: ISAAC(0.2, 0.3, "adam", beta_1=0.8, clipnorm=1.0),
-        lambda: ISAAC(damping=ExponentialDecay(1.0, 10, 0.5), per_replica=True),
-        lambda: ISAAC(learning_rate=ExponentialDecay(0.1, 10, 0.5), name="named"),
-        lambda: ISAAC(inner_optimizer=keras.optimizers.Lion(0.01)),
+        lambda: paper_isaac(),
+        lambda: paper_isaac(0.2, 0.3, "adam", beta_1=0.8, clipnorm=1.0),
+        lambda: paper_isaac(damping=ExponentialDecay(1.0, 10, 0.5), per_replica=True),
+        lambda: paper_isaac(learning_rate=ExponentialDecay(0.1, 10, 0.5), name="named"),
+        lambda: paper_isaac(inner_optimizer=keras.optimizers.Lion(0.01)),
     ],
     ids=["default", "arguments", "damping schedule", "learning rate schedule", "instance"],
 )
@@ -221,7 +227,7 @@ def test_error_no_captured_layer():
         r"no captured layer took part .* Write `model = capture_inputs\(model\)`.* Received gradients for: .*hidden/kernel"
     )
     with pytest.raises(ValueError, match=message):
-        trained(ISAAC())
+        trained(paper_isaac())
 
 
 def test_error_only_frozen_layers_captured():
@@ -230,12 +236,12 @@ def test_error_only_frozen_layers_captured():
         capture_inputs(model, include=model.layers[0])
 
     with pytest.raises(ValueError, match="see that a captured layer is trainable"):
-        trained(ISAAC(), capture_frozen)
+        trained(paper_isaac(), capture_frozen)
 
 
 @needs_multi
 def test_found_inside_other_optimizers():
-    isaac = ISAAC()
+    isaac = paper_isaac()
     assert isaacs_in(isaac) == [isaac]
     assert isaacs_in(LossScaleOptimizer(isaac)) == [isaac]
     multi = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(SGD(), {".*head.*": isaac}))
@@ -249,22 +255,22 @@ def test_inside_a_multi_optimizer_only_its_own_variables_are_conditioned():
         return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(SGD(0.1), {".*head.*": head}))
 
     data = regression(16)
-    mixed = trained(multi(ISAAC(damping=0.1)), capture_inputs, data)
+    mixed = trained(multi(paper_isaac(damping=0.1)), capture_inputs, data)
     plain = trained(SGD(0.1), None, data)
-    isaac = trained(ISAAC(damping=0.1), capture_inputs, data)
+    isaac = trained(paper_isaac(damping=0.1), capture_inputs, data)
     assert_close(mixed, plain[:2] + isaac[2:])
     assert_differ(mixed[2:], plain[2:])
 
 
 def test_inside_a_loss_scale_optimizer():
-    scaled = trained(LossScaleOptimizer(ISAAC(damping=0.1)), capture_inputs)
-    assert_close(scaled, trained(ISAAC(damping=0.1), capture_inputs), 1e-5)
+    scaled = trained(LossScaleOptimizer(paper_isaac(damping=0.1)), capture_inputs)
+    assert_close(scaled, trained(paper_isaac(damping=0.1), capture_inputs), 1e-5)
 
 
 def test_non_finite_gradients_are_skipped_under_loss_scaling():
     inputs, targets = regression(16)
     model = capture_inputs(mlp())
-    model.compile(optimizer=LossScaleOptimizer(ISAAC(damping=0.1), initial_scale=16.0), loss="mse")
+    model.compile(optimizer=LossScaleOptimizer(paper_isaac(damping=0.1), initial_scale=16.0), loss="mse")
     model.train_on_batch(inputs, targets)
     before = weights(model)
     inputs[3, 1] = np.inf
@@ -279,11 +285,11 @@ def test_exclude_from_weight_decay_reaches_the_inner_optimizer():
         return optimizer
 
     plain = trained(decayed(SGD(0.1, weight_decay=0.5)))
-    assert_close(trained(decayed(ISAAC(0.1, 1e8, weight_decay=0.5)), capture_inputs), plain, 1e-5)
+    assert_close(trained(decayed(paper_isaac(0.1, 1e8, weight_decay=0.5)), capture_inputs), plain, 1e-5)
 
 
 def test_variables_are_saved_once_and_set_in_order():
-    optimizer = ISAAC(damping=0.5, inner_optimizer="adam")
+    optimizer = paper_isaac(damping=0.5, inner_optimizer="adam")
     optimizer.build(mlp().trainable_variables)
     assert len(optimizer.variables) == len({id(v) for v in optimizer.variables})
     assert optimizer.variables[0] is optimizer.damping
@@ -295,7 +301,7 @@ def test_variables_are_saved_once_and_set_in_order():
 @pytest.mark.skipif(BACKEND == "jax", reason="JAX is stateless: see test_loops.py")
 def test_apply_gradients_returns_the_iterations():
     model = capture_inputs(mlp())
-    optimizer = ISAAC()
+    optimizer = paper_isaac()
     with optimizer.conditioning():
         model(np.ones((2, 6), "float32"))
     assert int(to_numpy(optimizer.apply_gradients([(v.value * 0, v) for v in model.trainable_variables]))) == 1

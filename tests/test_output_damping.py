@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import run
+from harness import paper_isaac, run
 from keras import layers
 from oracle import relative_error
 
@@ -82,14 +82,14 @@ def test_conditions_both_sides(case, compiled):
     cotangent = random.normal(size=layer.compute_output_shape(shape)).astype("float32")
     plain = run(layer, inputs, cotangent, compiled=compiled)
     gradient = cotangent * (1 - plain.outputs**2) if layer.activation is keras.activations.tanh else cotangent
-    optimizer = ISAAC(damping=DAMPING, output_damping=OUTPUT_DAMPING)
+    optimizer = paper_isaac(damping=DAMPING, output_damping=OUTPUT_DAMPING)
     conditioned = run(capture_inputs(layer), inputs, cotangent, optimizer, compiled)
     rows, matrix_of = read(layer, inputs)["kernel"]
     formula = expected(rows, matrix_of, plain.gradients[0], rows_of(gradient.astype("float64")))
     assert relative_error(conditioned.gradients[0], formula) < 2e-5
     assert relative_error(conditioned.outputs, plain.outputs) < 1e-6
     assert relative_error(conditioned.input_gradient, plain.input_gradient) < 1e-6
-    one_sided = run(layer, inputs, cotangent, ISAAC(damping=DAMPING), compiled).gradients[0]
+    one_sided = run(layer, inputs, cotangent, paper_isaac(damping=DAMPING), compiled).gradients[0]
     assert relative_error(conditioned.gradients[0], one_sided) > 0.02
 
 
@@ -101,7 +101,7 @@ def test_both_kernels_of_a_separable_convolution(compiled):
     inputs = random.normal(size=shape).astype("float32")
     cotangent = random.normal(size=layer.compute_output_shape(shape)).astype("float32")
     plain = run(layer, inputs, cotangent, compiled=compiled).gradients
-    optimizer = ISAAC(damping=DAMPING, output_damping=OUTPUT_DAMPING)
+    optimizer = paper_isaac(damping=DAMPING, output_damping=OUTPUT_DAMPING)
     conditioned = run(capture_inputs(layer), inputs, cotangent, optimizer, compiled).gradients
     pointwise = np.asarray(keras.ops.convert_to_numpy(layer.pointwise_kernel), "float64")[0, 0]
     between = (cotangent.reshape(-1, 4) @ pointwise.T).reshape(-1, 2, 2).transpose(1, 0, 2)
@@ -119,7 +119,7 @@ def test_few_rows_stand_for_both_sides(max_rows, compiled):
     random = np.random.default_rng(0)
     inputs, cotangent = (random.normal(size=(4, 10, size)).astype("float32") for size in (8, 6))
     plain = run(layer, inputs, cotangent, compiled=compiled).gradients[0]
-    optimizer = ISAAC(damping=DAMPING, output_damping=OUTPUT_DAMPING, max_rows=max_rows)
+    optimizer = paper_isaac(damping=DAMPING, output_damping=OUTPUT_DAMPING, max_rows=max_rows)
     actual = run(capture_inputs(layer), inputs, cotangent, optimizer, compiled).gradients[0]
     golden = (np.sqrt(5) - 1) / 2
     kept = [int((i + (i * golden) % 1) * 40 / max_rows) for i in range(max_rows)]
@@ -138,7 +138,7 @@ def test_masks_and_reduce(weight_sharing, compiled):
     tokens[0, 3:] = tokens[1, 1:] = 0
     cotangent = random.normal(size=(4, 6, 3)).astype("float32")
     plain = run(model, tokens, cotangent, compiled=compiled).gradients[0]
-    optimizer = ISAAC(damping=DAMPING, output_damping=OUTPUT_DAMPING, weight_sharing=weight_sharing)
+    optimizer = paper_isaac(damping=DAMPING, output_damping=OUTPUT_DAMPING, weight_sharing=weight_sharing)
     actual = run(capture_inputs(model), tokens, cotangent, optimizer, compiled).gradients[0]
     values = np.asarray(keras.ops.convert_to_numpy(table.embeddings), "float64")[tokens]
     counts = tokens != 0
@@ -158,15 +158,15 @@ def test_the_scale_of_the_loss_is_divided_out():
     for wrap in (lambda optimizer: optimizer, lambda optimizer: keras.optimizers.LossScaleOptimizer(optimizer, 2.0**8)):
         model = keras.Sequential([keras.Input((5,)), layers.Dense(4, "tanh"), layers.Dense(3)])
         model.set_weights([np.random.default_rng(1).normal(size=weight.shape) for weight in model.weights])
-        capture_inputs(model).compile(optimizer=wrap(ISAAC(damping=0.3, output_damping=0.1)), loss="mse")
+        capture_inputs(model).compile(optimizer=wrap(paper_isaac(damping=0.3, output_damping=0.1)), loss="mse")
         model.fit(x, y, epochs=3, verbose=0)
         kernels.append(np.concatenate([weight.ravel() for weight in model.get_weights()]))
     assert relative_error(*kernels) < 1e-5
 
 
 def test_is_saved_and_checked():
-    assert ISAAC.from_config(ISAAC(output_damping=0.5).get_config()).output_damping == 0.5
-    assert ISAAC().output_damping is None
+    assert ISAAC.from_config(paper_isaac(output_damping=0.5).get_config()).output_damping == 0.5
+    assert paper_isaac().output_damping is None
     for wrong in (0, -1.0, np.inf, True, "big"):
         with pytest.raises(ValueError, match="`output_damping` must be a finite number above 0 or `None`"):
-            ISAAC(output_damping=wrong)
+            paper_isaac(output_damping=wrong)

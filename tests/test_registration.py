@@ -4,11 +4,11 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import run
+from harness import paper_isaac, run
 from models import fit
 from oracle import relative_error
 
-from keras_isaac import ISAAC, capture_inputs, kernel_status, register_layer
+from keras_isaac import capture_inputs, kernel_status, register_layer
 
 
 class Toy(keras.layers.Layer):
@@ -41,7 +41,7 @@ def test_a_registered_layer_is_conditioned_on_its_rows(compiled):
     random = np.random.default_rng(0)
     inputs, cotangent = (random.normal(size=shape).astype("float32") for shape in ((5, 8), (5, 2, 3)))
     plain = run(layer, inputs, cotangent, compiled=compiled)
-    conditioned = run(capture_inputs(layer), inputs, cotangent, ISAAC(damping=0.5), compiled)
+    conditioned = run(capture_inputs(layer), inputs, cotangent, paper_isaac(damping=0.5), compiled)
     expected = oracle.condition(inputs.astype("float64") ** 2, plain.gradients[0].reshape(8, 6), 0.5)
     assert relative_error(conditioned.outputs, plain.outputs) < 1e-6
     assert relative_error(conditioned.gradients[0].reshape(8, 6), expected) < 2e-5
@@ -54,7 +54,7 @@ def test_state_and_losses_of_the_call_are_kept():
         keras.utils.set_random_seed(0)
         model = capture(keras.Sequential([keras.Input((8,)), Toy(), keras.layers.Flatten(), keras.layers.Dense(1)]))
         model.compile(
-            optimizer=ISAAC(1e-3, damping=1e8) if capture is capture_inputs else keras.optimizers.SGD(1e-3), loss="mse"
+            optimizer=paper_isaac(1e-3, damping=1e8) if capture is capture_inputs else keras.optimizers.SGD(1e-3), loss="mse"
         )
         inputs = np.random.default_rng(0).normal(size=(12, 8)).astype("float32")
         losses.append(fit(model, (inputs, inputs[:, :1]), batch_size=4, epochs=2).history["loss"])
@@ -78,4 +78,4 @@ def test_errors():
     layer = Misread()
     layer.build((5, 8))
     with pytest.raises(ValueError, match=r"rows registered for Misread layer .* do not fit its kernel"):
-        run(capture_inputs(layer), np.ones((5, 8), "float32"), np.ones((5, 2, 3), "float32"), ISAAC())
+        run(capture_inputs(layer), np.ones((5, 8), "float32"), np.ones((5, 2, 3), "float32"), paper_isaac())

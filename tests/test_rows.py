@@ -7,11 +7,11 @@ import numpy as np
 import oracle
 import pytest
 from cases import patches as numpy_patches
-from harness import jit, run, to_numpy
+from harness import jit, paper_isaac, run, to_numpy
 from keras import layers, ops
 from oracle import relative_error
 
-from keras_isaac import ISAAC, capture_inputs
+from keras_isaac import capture_inputs
 from keras_isaac.rows import patches, representatives
 from keras_isaac.scope import Conditioning
 
@@ -27,7 +27,7 @@ def layer_and_data(layer, *shape, seed=0):
 
 def plain_and_conditioned(layer, inputs, cotangent, compiled=False, **options):
     plain = run(layer, inputs, cotangent, compiled=compiled).gradients[0]
-    conditioned = run(capture_inputs(layer), inputs, cotangent, ISAAC(damping=0.3, **options), compiled).gradients[0]
+    conditioned = run(capture_inputs(layer), inputs, cotangent, paper_isaac(damping=0.3, **options), compiled).gradients[0]
     return plain, conditioned
 
 
@@ -142,7 +142,7 @@ def test_masked_rows_do_not_count(layer, weight_sharing, compiled):
     cotangent = random.normal(size=model.compute_output_shape((4, 6))).astype("float32")
     plain = run(model, tokens, cotangent, compiled=compiled).gradients[0].reshape(8, 3)
     capture_inputs(model, include=layer)
-    optimizer = ISAAC(damping=0.3, weight_sharing=weight_sharing)
+    optimizer = paper_isaac(damping=0.3, weight_sharing=weight_sharing)
     conditioned = run(model, tokens, cotangent, optimizer, compiled).gradients[0].reshape(8, 3)
     table = to_numpy(model.get_layer("table").embeddings)
     if weight_sharing == "expand":
@@ -159,7 +159,7 @@ def test_a_wholly_masked_batch_keeps_the_plain_gradient():
     plain = run(model, tokens, cotangent).gradients[0]
     for weight_sharing in ("expand", "reduce"):
         capture_inputs(model, include=layer)
-        conditioned = run(model, tokens, cotangent, ISAAC(damping=0.3, weight_sharing=weight_sharing)).gradients[0]
+        conditioned = run(model, tokens, cotangent, paper_isaac(damping=0.3, weight_sharing=weight_sharing)).gradients[0]
         assert relative_error(conditioned, plain) < 1e-6
 
 
@@ -192,7 +192,7 @@ def test_reversible_embedding_in_reverse(tie_weights, compiled):
 
 def test_error_options_that_are_none():
     with pytest.raises(ValueError, match=r"`weight_sharing` must be .expand. or .reduce.\. Received: weight_sharing='sum'"):
-        ISAAC(weight_sharing="sum")
+        paper_isaac(weight_sharing="sum")
     for max_rows in (0, -3, 2.5, True, "all"):
         with pytest.raises(ValueError, match="`max_rows` must be an integer above 0, or `None`"):
-            ISAAC(max_rows=max_rows)
+            paper_isaac(max_rows=max_rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, to_numpy
+from harness import BACKEND, paper_isaac, to_numpy
 from keras import layers
 from models import assert_close, assert_differ, fit, mlp, regression, weights, with_random_weights
 from test_training import OPTIMIZERS
@@ -144,7 +144,7 @@ def several_kinds():
     hidden = layers.EinsumDense("abc,cde->abde", (None, 2, 4), activation="tanh")(hidden)
     hidden = layers.GlobalAveragePooling1D()(layers.Reshape((10, 8))(hidden))
     model = capture_inputs(with_random_weights(keras.Model(tokens, layers.Dense(3)(hidden))))
-    model.compile(optimizer=ISAAC(damping=0.1, inner_optimizer="adam"), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.1, inner_optimizer="adam"), loss="mse")
     inputs = np.random.default_rng(0).integers(0, 20, size=(48, 12)).astype("int32")
     fit(model, (inputs, regression(48)[1]))
     return model, inputs[:8]

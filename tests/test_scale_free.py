@@ -5,11 +5,11 @@ import numpy as np
 import oracle
 import pytest
 from cases import data, each_case
-from harness import BACKEND, run, to_numpy
+from harness import BACKEND, paper_isaac, run, to_numpy
 from keras import layers, ops
 from oracle import relative_error
 
-from keras_isaac import ISAAC, capture_inputs
+from keras_isaac import capture_inputs
 from keras_isaac.conditioner import conditioned_gradient
 
 SHAPES = [(5, 9, 3), (5, 9, 30), (9, 5, 3), (5, 5, 5), (1, 4, 2)]
@@ -35,7 +35,7 @@ def test_each_layer_has_its_own_damping_and_keeps_its_own_norm(case):
     reading = case.read(layer, inputs)
     names = {id(getattr(layer, name)): name for name in reading}
     capture_inputs(layer)
-    optimizer = ISAAC(damping=0.5, relative_damping=True, preserve_norm=True)
+    optimizer = paper_isaac(damping=0.5, relative_damping=True, preserve_norm=True)
     gradients = run(layer, inputs, cotangent, optimizer, True).gradients
     for variable, theirs, actual in zip(layer.trainable_variables, plain.gradients, gradients, strict=True):
         name = names.get(id(variable))
@@ -108,7 +108,7 @@ def test_rows_that_are_zero_leave_the_gradient_to_others_of_a_capped_layer():
     inputs[0, 1:] = 1.0
     layer = capture_inputs(layers.Dense(2, use_bias=False))
     plain = run(layer, inputs, cotangent).gradients[0]
-    conditioned = run(layer, inputs, cotangent, ISAAC(relative_damping=True, max_rows=1)).gradients[0]
+    conditioned = run(layer, inputs, cotangent, paper_isaac(relative_damping=True, max_rows=1)).gradients[0]
     assert relative_error(conditioned, plain) < 1e-6
 
 
@@ -119,23 +119,24 @@ def test_scale_of_the_loss_is_a_factor_of_the_relative_two_parameter_method(laye
     shape = layer.compute_output_shape(inputs.shape)
     cotangent = np.random.default_rng(4).normal(size=shape).astype("float32")
     gradients = [
-        run(layer, inputs, scale * cotangent, ISAAC(relative_damping=True, output_damping=0.5, **options)).gradients[0] / scale
+        run(layer, inputs, scale * cotangent, paper_isaac(relative_damping=True, output_damping=0.5, **options)).gradients[0]
+        / scale
         for scale, options in ((1, {}), (1024, {"loss_scale_factor": 1024}))
     ]
     assert relative_error(*gradients) < 1e-5
 
 
 def test_are_saved_with_the_optimizer():
-    optimizer = ISAAC(damping=0.2, relative_damping=True, preserve_norm=True)
+    optimizer = paper_isaac(damping=0.2, relative_damping=True, preserve_norm=True)
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
     assert (again.relative_damping, again.preserve_norm) == (True, True)
-    assert (ISAAC().relative_damping, ISAAC().preserve_norm) == (False, False)
+    assert (paper_isaac().relative_damping, paper_isaac().preserve_norm) == (False, False)
 
 
 @pytest.mark.parametrize("flag", ["relative_damping", "preserve_norm", "per_replica"])
 def test_flags_take_no_numbers(flag):
     with pytest.raises(ValueError, match=rf"`{flag}` must be `True` or `False`.* Received: {flag}=0.5"):
-        ISAAC(**{flag: 0.5})
+        paper_isaac(**{flag: 0.5})
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has sparse gradients")
@@ -145,7 +146,7 @@ def test_sparse_gradients_stay_sparse_but_where_their_norm_is_preserved():
     layer = capture_inputs(layers.Embedding(5, 3))
     layer.build((2, 4))
     for preserve_norm in (False, True):
-        optimizer = ISAAC(relative_damping=True, preserve_norm=preserve_norm)
+        optimizer = paper_isaac(relative_damping=True, preserve_norm=preserve_norm)
         with tf.GradientTape() as tape, optimizer.conditioning():
             outputs = layer(np.array([[0, 1, 1, 3]]))
         gradient = tape.gradient(outputs, layer.embeddings.value)

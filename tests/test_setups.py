@@ -17,7 +17,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import CASES, data, expected_gradient
-from harness import BACKEND, jit, run, to_numpy
+from harness import BACKEND, jit, paper_isaac, run, to_numpy
 from keras import layers, ops
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
 from models import assert_close, assert_differ, fit, mlp, oracle_fit, regression, trained, weights, with_random_weights
@@ -67,9 +67,9 @@ def _float64():
 def test_mixed_float16_skips_steps_that_overflow_halves_the_scale_and_goes_on(wrapped):
     inputs, targets = regression(16)
     float32 = capture_inputs(mlp())
-    float32.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    float32.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     keras.config.set_dtype_policy("mixed_float16")
-    model, isaac = capture_inputs(mlp()), ISAAC(damping=0.1)
+    model, isaac = capture_inputs(mlp()), paper_isaac(damping=0.1)
     model.compile(optimizer=LossScaleOptimizer(isaac) if wrapped == "by hand" else isaac, loss="mse")
     assert type(model.optimizer) is LossScaleOptimizer
     model.optimizer.build(model.trainable_variables)
@@ -108,7 +108,7 @@ def test_the_conditioner_computes_in_float32_or_better(policy, shape):
     given = inputs if dtype == "float64" else inputs.astype("float32")
     # The smaller damping is lost in a sum of float16 or bfloat16.
     for damping in (1.0, 2.0**-13):
-        actual = run(layer, given, cotangent, ISAAC(damping=damping), compiled=True)
+        actual = run(layer, given, cotangent, paper_isaac(damping=damping), compiled=True)
         expected = oracle.conditioned_gradient(inputs, cotangent, damping)
         assert relative_error(actual.gradients[0], expected) < TOLERANCES[policy]
 
@@ -125,7 +125,7 @@ def test_every_kind_of_layer_in_every_precision(case, policy):
     if policy == "float64" and inputs.dtype == "float32":
         inputs = inputs.astype("float64")
     plain = run(layer, inputs, cotangent, compiled=True)
-    actual = run(capture_inputs(layer), inputs, cotangent, ISAAC(damping=1.0), compiled=True)
+    actual = run(capture_inputs(layer), inputs, cotangent, paper_isaac(damping=1.0), compiled=True)
     # Keras' own layers round float64 to float32 here and there, on JAX and PyTorch.
     tolerance = 1e-6 if policy == "float64" else 2 * TOLERANCES[policy]
     assert relative_error(actual.outputs, plain.outputs) < tolerance
@@ -144,7 +144,7 @@ def test_a_run_in_float64_is_numpys():
     options = {"learning_rate": 0.25, "damping": 2.0**-5, "momentum": 0.5}
     model = capture_inputs(mlp(dtype="float64"))
     model.set_weights(mlp().get_weights())
-    model.compile(optimizer=ISAAC(**options), loss=keras.losses.MeanSquaredError(dtype="float64"))
+    model.compile(optimizer=paper_isaac(**options), loss=keras.losses.MeanSquaredError(dtype="float64"))
     fit(model, regression(32), epochs=2)
     expected = numpy_training(*regression(32), 4, 16, **options)
     # On the other backends `keras.ops.mean` returns float32, and so do losses.
@@ -162,10 +162,10 @@ def test_dtype_policies_of_single_layers():
         return weights(model)
 
     inputs, targets = regression()
-    isaac, plain = after(ISAAC(0.1, 0.1), True), after(SGD(0.1), False)
+    isaac, plain = after(paper_isaac(0.1, 0.1), True), after(SGD(0.1), False)
     assert_close(isaac, oracle_fit(mlp(), batches(x=inputs, y=targets), 0.1, 0.1, loss="mse"), 1e-2)
     assert_differ(isaac, plain, 5e-2)
-    assert_close(after(ISAAC(0.1, HUGE), True), plain, 1e-2)
+    assert_close(after(paper_isaac(0.1, HUGE), True), plain, 1e-2)
 
 
 # Compilation; see also `test_training.py`.
@@ -192,7 +192,9 @@ def remat_run(optimizer, mode, capture, run_eagerly):
     options["only conv"] = {"layer_names": ["conv"]}
     model = image_model(mode if mode != "only conv" else "list_of_layers", **options.get(mode, {}))
     model = capture_inputs(model) if capture else model
-    model.compile(optimizer={"sgd": SGD(0.1), "isaac": ISAAC(0.1, damping=0.1)}[optimizer], loss="mse", run_eagerly=run_eagerly)
+    model.compile(
+        optimizer={"sgd": SGD(0.1), "isaac": paper_isaac(0.1, damping=0.1)}[optimizer], loss="mse", run_eagerly=run_eagerly
+    )
     images = np.random.default_rng(1).normal(size=(32, 6, 6, 2)).astype("float32")
     fit(model, (images, regression(32)[1]), epochs=2)
     return weights(model)
@@ -225,7 +227,7 @@ def test_recomputed_layers_see_the_masks(mode):
             hidden = layers.MultiHeadAttention(2, 3, name="attention")(hidden, hidden)
             model = keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(hidden)))
             model = capture_inputs(with_random_weights(model))
-            model.compile(optimizer=ISAAC(0.1, damping=0.1), loss="mse", run_eagerly=BACKEND == "tensorflow")
+            model.compile(optimizer=paper_isaac(0.1, damping=0.1), loss="mse", run_eagerly=BACKEND == "tensorflow")
             fit(model, (tokens, regression(16)[1]), epochs=3)
         return weights(model)
 
@@ -247,7 +249,7 @@ def test_recomputed_in_a_loop_whose_backward_pass_comes_after_the_conditioning_s
             model = keras.Sequential([keras.Input((6,)), *stack])
         model.set_weights(mlp().get_weights())
         train = getattr(custom_loop, f"train_{BACKEND}")
-        train(capture_inputs(model), ISAAC(damping=0.1), keras.losses.MeanSquaredError(), *regression(16), 3)
+        train(capture_inputs(model), paper_isaac(damping=0.1), keras.losses.MeanSquaredError(), *regression(16), 3)
         return weights(model)
 
     assert_close(after("full" if scope == "layers" else None, "full" if scope == "model" else None), after(None, None))
@@ -258,10 +260,11 @@ def test_recomputed_in_a_loop_whose_backward_pass_comes_after_the_conditioning_s
 @pytest.mark.parametrize("options", [{}, {"run_eagerly": True}], ids=["compiled", "eager"])
 def test_nnx_mode(options):
     script = (
-        "import json, sys, keras; from keras_isaac import ISAAC, capture_inputs; from models import trained\n"
+        "import json, sys, keras\n"
+        "from harness import paper_isaac; from keras_isaac import capture_inputs; from models import trained\n"
         "assert keras.config.is_nnx_enabled()\n"
         "options = json.loads(sys.argv[1])\n"
-        "result = trained(ISAAC(damping=0.1, momentum=0.9), capture_inputs, None, options)\n"
+        "result = trained(paper_isaac(damping=0.1, momentum=0.9), capture_inputs, None, options)\n"
         "print(json.dumps([w.tolist() for w in result]))"
     )
     command = [sys.executable, "-W", "ignore", "-c", script, json.dumps(options)]
@@ -269,7 +272,7 @@ def test_nnx_mode(options):
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     actual = [np.asarray(weight) for weight in json.loads(result.stdout.splitlines()[-1])]
-    assert_close(actual, trained(ISAAC(damping=0.1, momentum=0.9), capture_inputs, None, options))
+    assert_close(actual, trained(paper_isaac(damping=0.1, momentum=0.9), capture_inputs, None, options))
 
 
 @pytest.mark.slow
@@ -288,8 +291,8 @@ def test_torch_compile_conditions_every_kind_of_product_as_eager_does():
             model.train_on_batch(inputs, regression(8)[1])
         return weights(model)
 
-    eager = after(ISAAC(0.3, damping=0.1), False)
-    assert_close(after(ISAAC(0.3, damping=0.1), True), eager, 1e-4)
+    eager = after(paper_isaac(0.3, damping=0.1), False)
+    assert_close(after(paper_isaac(0.3, damping=0.1), True), eager, 1e-4)
     for conditioned, plain in zip(eager, after(SGD(0.3), False), strict=True):
         if conditioned.ndim > 1:
             assert_differ([conditioned], [plain], 1e-3)
@@ -323,7 +326,7 @@ def test_several_inputs_and_outputs_with_loss_and_sample_weights():
     inputs, targets = branching_data()
     sample_weight = {name: np.linspace(0.1, 2, 32).astype("float32") ** power for power, name in enumerate(targets, 1)}
     model = capture_inputs(branching())
-    model.compile(optimizer=ISAAC(0.3, damping=0.1), **LOSSES)
+    model.compile(optimizer=paper_isaac(0.3, damping=0.1), **LOSSES)
     model.fit(inputs, targets, sample_weight=sample_weight, batch_size=16, shuffle=False, verbose=0)
     steps = batches(x=inputs, y=targets, sample_weight=sample_weight)
     expected = oracle_fit(branching(), steps, 0.3, 0.1, **LOSSES)
@@ -336,7 +339,7 @@ def test_class_weights_and_weighted_rows_of_zero():
     class_weight = {0: 0.0, 1: 1.0, 2: 3.0}
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(0.3, damping=0.1), loss=loss)
+    model.compile(optimizer=paper_isaac(0.3, damping=0.1), loss=loss)
     fit(model, (inputs, labels), class_weight=class_weight, epochs=2)
     steps = [{**batch, "class_weight": class_weight} for batch in batches(x=inputs, y=labels)] * 2
     assert_close(weights(model), oracle_fit(mlp(), steps, 0.3, 0.1, loss=loss), 1e-4)
@@ -358,7 +361,7 @@ def test_transfer_learning_and_layers_frozen_and_unfrozen_between_compiles(captu
         return weights(model)
 
     def by_isaac(model, rate):
-        model.compile(optimizer=ISAAC(rate, damping=0.1), loss="mse")
+        model.compile(optimizer=paper_isaac(rate, damping=0.1), loss="mse")
         fit(model, (x, y))
 
     def by_oracle(model, rate):
@@ -398,7 +401,7 @@ def test_a_kernel_tied_to_a_layer_that_is_not_captured_is_conditioned_where_it_i
     output_gradient = 2 * (hidden @ kernel.T - x) / x.size
     hidden_gradient = (output_gradient @ kernel) * (1 - hidden**2)
     expected = oracle.conditioned_gradient(x, hidden_gradient, 0.1) + output_gradient.T @ hidden
-    model.compile(optimizer=ISAAC(1.0, damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(1.0, damping=0.1), loss="mse")
     model.train_on_batch(x, x)
     assert relative_error(kernel - to_numpy(encode.kernel), expected) < 1e-4
 
@@ -461,9 +464,9 @@ def test_a_subclass_with_a_train_step_of_its_own(decorated):
     plain = mlp()
     model = model_class(plain.inputs, plain.outputs)
     model = model if decorated else capture_inputs(model)
-    model.compile(optimizer=ISAAC(damping=0.1))
+    model.compile(optimizer=paper_isaac(damping=0.1))
     fit(model, regression(32), epochs=2)
-    assert_close(weights(model), trained(ISAAC(damping=0.1), capture_inputs, regression(32), epochs=2), 1e-5)
+    assert_close(weights(model), trained(paper_isaac(damping=0.1), capture_inputs, regression(32), epochs=2), 1e-5)
 
 
 class WithoutCall(OwnStep, keras.Model):
@@ -482,9 +485,9 @@ class WithoutCall(OwnStep, keras.Model):
 
 def test_a_subclass_without_call():
     model = capture_inputs(WithoutCall(mlp()))
-    model.compile(optimizer=ISAAC(damping=0.1))
+    model.compile(optimizer=paper_isaac(damping=0.1))
     fit(model, regression(32), epochs=2)
-    assert_close(weights(model), trained(ISAAC(damping=0.1), capture_inputs, regression(32), epochs=2), 1e-5)
+    assert_close(weights(model), trained(paper_isaac(damping=0.1), capture_inputs, regression(32), epochs=2), 1e-5)
 
 
 def gradients_of(function, values):
@@ -546,8 +549,8 @@ def penalized(of, optimizer, penalty=0.1):
 def test_gradient_penalty(of):
     plain = penalized(of, None)
     assert_differ(penalized(of, None, penalty=0.0), plain, 1e-2)
-    assert_close(penalized(of, ISAAC(damping=HUGE)), plain, 1e-5)
-    conditioned = penalized(of, ISAAC(damping=0.1))
+    assert_close(penalized(of, paper_isaac(damping=HUGE)), plain, 1e-5)
+    conditioned = penalized(of, paper_isaac(damping=0.1))
     assert all(np.isfinite(weight).all() for weight in conditioned)
     assert_differ(conditioned, plain, 1e-2)
 
@@ -599,7 +602,7 @@ def play(optimizer, num_rounds=2):
 
 
 def test_a_gan_of_which_the_discriminator_has_isaac():
-    plain, huge, isaac = play(SGD(0.1)), play(ISAAC(0.1, HUGE)), play(ISAAC(0.1, 0.1))
+    plain, huge, isaac = play(SGD(0.1)), play(paper_isaac(0.1, HUGE)), play(paper_isaac(0.1, 0.1))
     for (generator, discriminator), expected in zip(huge, plain, strict=True):
         assert_close(generator, expected[0], 1e-4)
         assert_close(discriminator, expected[1], 1e-4)
@@ -646,11 +649,11 @@ class Gan(keras.Model):
 
 @pytest.mark.skipif(BACKEND == "jax", reason="on JAX the state of a train step of Keras holds one optimizer")
 def test_a_gan_in_fit():
-    model = capture_inputs(Gan(ISAAC(0.1, 0.1)))
+    model = capture_inputs(Gan(paper_isaac(0.1, 0.1)))
     model.compile()
     random = np.random.default_rng(1)
     fit(model, [random.normal(size=(8, size)).astype("float32") for size in (4, 6)], epochs=2)
-    expected = play(ISAAC(0.1, 0.1))[-1]
+    expected = play(paper_isaac(0.1, 0.1))[-1]
     for part, theirs in zip((model.generator, model.discriminator), expected, strict=True):
         assert_close(weights(part), theirs, 1e-4)
 
@@ -677,7 +680,7 @@ def test_scikit_learn_classifier():
         return weights(classifier(*arguments).fit(inputs, labels).model_)
 
     plain = after(lambda: SGD(0.3), False)
-    assert_close(after(lambda: ISAAC(0.3, HUGE)), plain, 1e-4)
-    isaac = classifier(lambda: ISAAC(1.0, 0.1)).fit(inputs, labels)
+    assert_close(after(lambda: paper_isaac(0.3, HUGE)), plain, 1e-4)
+    isaac = classifier(lambda: paper_isaac(1.0, 0.1)).fit(inputs, labels)
     assert_differ(weights(isaac.model_), plain, 1e-2)
     assert isaac.score(inputs, labels) > 0.9

@@ -4,11 +4,12 @@ import keras
 import numpy as np
 import pytest
 from cases import data, each_case
+from harness import paper_isaac
 from keras import layers
 from models import mlp, sequence_network, sequences
 
 import keras_isaac
-from keras_isaac import ISAAC, capture_inputs, conditioner, kernel_status
+from keras_isaac import capture_inputs, conditioner, kernel_status
 
 
 @each_case()
@@ -53,7 +54,7 @@ def test_the_inverses_of_a_step_are_those_of_the_table(options, sides, monkeypat
         monkeypatch.setattr(conditioner, name, recording(getattr(conditioner, name)))
     x, y = sequences(num=4)
     model = capture_inputs(sequence_network())
-    model.compile(optimizer=ISAAC(**options), loss="mse")
+    model.compile(optimizer=paper_isaac(**options), loss="mse")
     found = keras_isaac.summary(model, batch_size=4)
     assert sizes == []
     model.train_on_batch(x, y)
@@ -73,7 +74,7 @@ def test_multiplications():
     assert (long.multiplications, long.added) == (3 * 80 * 20 * 12, 80 * 20**2 + 20**3 + 20**2 * 12)
     assert (frozen.reason, frozen.multiplications, frozen.added) == ("frozen", 2 * 80 * 12 * 12, 0)
     assert (wide.side, wide.added) == ("sample", 5**2 * 192 + 5**3 + 5**2 * 3)
-    model.compile(optimizer=ISAAC(max_rows=10, output_damping=1.0))
+    model.compile(optimizer=paper_isaac(max_rows=10, output_damping=1.0))
     long, _, wide = keras_isaac.summary(model, batch_size=5)
     assert (long.side, long.stand_ins) == ("Woodbury", 10)
     outputs = 2 * 10**2 * 12 + 10**3 + 2 * 10 * 12 * 20
@@ -136,7 +137,7 @@ def test_sizes_that_are_open():
 
 def test_kernels_of_another_optimizer_are_plain():
     model = capture_inputs(mlp())
-    inner = keras.optimizers.OptimizerMap(keras.optimizers.SGD(), {".*head.*": ISAAC()})
+    inner = keras.optimizers.OptimizerMap(keras.optimizers.SGD(), {".*head.*": paper_isaac()})
     model.compile(optimizer=keras.optimizers.MultiOptimizer(inner), loss="mse")
     model.optimizer.build(model.trainable_variables)
     hidden, head = keras_isaac.summary(model)

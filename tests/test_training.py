@@ -9,10 +9,10 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import BACKEND
+from harness import BACKEND, paper_isaac
 from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
 
-from keras_isaac import ISAAC, capture_inputs
+from keras_isaac import capture_inputs
 
 
 def numpy_training(inputs, targets, num_steps, batch_size, learning_rate, damping, momentum):
@@ -54,7 +54,7 @@ def test_ten_steps_are_numpys_on_every_backend_compiled_and_eager(mode):
     options = {"learning_rate": 0.2, "damping": 0.05, "momentum": 0.9}
     numpy = numpy_training(inputs[:32], targets[:32], 10, 16, **options)
     # The same ten steps of two batches of 16: rows more than features in both layers.
-    actual = trained(ISAAC(**options), capture_inputs, (inputs[:32], targets[:32]), MODES[mode], epochs=5)
+    actual = trained(paper_isaac(**options), capture_inputs, (inputs[:32], targets[:32]), MODES[mode], epochs=5)
     assert_close(actual, numpy, 1e-4)
 
 
@@ -66,7 +66,7 @@ def test_ten_steps_with_fewer_rows_than_features_and_a_smaller_last_batch():
     # 5, 5 and 2 rows: NumPy's slices wrap in the same way.
     batches = [slice(step * 5 % 12, step * 5 % 12 + 5) for step in range(9)]
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(**options), loss="mse")
+    model.compile(optimizer=paper_isaac(**options), loss="mse")
     for batch in batches:
         model.train_on_batch(inputs[batch], targets[batch])
     assert_close(weights(model), numpy, 1e-4)
@@ -76,11 +76,11 @@ def test_ten_steps_with_fewer_rows_than_features_and_a_smaller_last_batch():
 def test_fit_with_a_smaller_last_batch():
     inputs, targets = regression(40)
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     for _ in range(2):
         for start in (0, 16, 32):
             model.train_on_batch(inputs[start : start + 16], targets[start : start + 16])
-    assert_close(trained(ISAAC(damping=0.1), capture_inputs, (inputs, targets), epochs=2), weights(model), 1e-5)
+    assert_close(trained(paper_isaac(damping=0.1), capture_inputs, (inputs, targets), epochs=2), weights(model), 1e-5)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.data")
@@ -91,17 +91,17 @@ def test_tensorflow_datasets_with_and_without_a_static_batch_size(drop_remainder
     data = regression(48)
     dataset = tf.data.Dataset.from_tensor_slices(data).batch(16, drop_remainder=drop_remainder)
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(damping=0.1), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     model.fit(dataset, verbose=0, shuffle=False)
-    assert_close(weights(model), trained(ISAAC(damping=0.1), capture_inputs, data), 1e-5)
+    assert_close(weights(model), trained(paper_isaac(damping=0.1), capture_inputs, data), 1e-5)
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras has steps_per_execution on JAX and TensorFlow")
 def test_steps_per_execution():
     options = {"steps_per_execution": 3}
     assert_close(
-        trained(ISAAC(damping=0.1), capture_inputs, None, options, epochs=2),
-        trained(ISAAC(damping=0.1), capture_inputs, epochs=2),
+        trained(paper_isaac(damping=0.1), capture_inputs, None, options, epochs=2),
+        trained(paper_isaac(damping=0.1), capture_inputs, epochs=2),
     )
 
 
@@ -109,7 +109,7 @@ def test_non_finite_inputs_train_on_without_an_exception_as_under_sgd():
     inputs, targets = regression(16)
     inputs[3, 1] = np.nan
     for options in MODES["default"], MODES["eager"]:
-        after = trained(ISAAC(damping=0.1), capture_inputs, (inputs, targets), options)
+        after = trained(paper_isaac(damping=0.1), capture_inputs, (inputs, targets), options)
         assert not np.isfinite(after[0]).all()
 
 
@@ -121,17 +121,17 @@ def test_it_learns_faster_than_its_inner_optimizer_at_the_same_rate():
         model.compile(optimizer=optimizer, loss="mse")
         return fit(model, data, epochs=10).history["loss"][-1]
 
-    assert loss(ISAAC(inner_optimizer="adam", learning_rate=0.01, damping=0.1)) < loss(keras.optimizers.Adam(0.01))
+    assert loss(paper_isaac(inner_optimizer="adam", learning_rate=0.01, damping=0.1)) < loss(keras.optimizers.Adam(0.01))
 
 
 OPTIMIZERS = {
-    "momentum": "ISAAC(damping=0.3, momentum=0.9)",
-    "adam": "ISAAC(damping=0.3, inner_optimizer='adam', learning_rate=0.01)",
-    "schedules": "ISAAC(keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.9),"
+    "momentum": "paper_isaac(damping=0.3, momentum=0.9)",
+    "adam": "paper_isaac(damping=0.3, inner_optimizer='adam', learning_rate=0.01)",
+    "schedules": "paper_isaac(keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.9),"
     " keras.optimizers.schedules.ExponentialDecay(1.0, 2, 0.5), momentum=0.9)",
-    "accumulation": "ISAAC(damping=0.3, gradient_accumulation_steps=2, momentum=0.9)",
-    "average": "ISAAC(damping=0.3, use_ema=True, inner_optimizer='adam')",
-    "loss scale": "keras.optimizers.LossScaleOptimizer(ISAAC(damping=0.3, inner_optimizer='adam'))",
+    "accumulation": "paper_isaac(damping=0.3, gradient_accumulation_steps=2, momentum=0.9)",
+    "average": "paper_isaac(damping=0.3, use_ema=True, inner_optimizer='adam')",
+    "loss scale": "keras.optimizers.LossScaleOptimizer(paper_isaac(damping=0.3, inner_optimizer='adam'))",
 }
 
 
@@ -162,7 +162,7 @@ def test_saved_mid_training_and_resumed_in_a_fresh_process_continues_bit_for_bit
 
 def test_a_saved_model_loads_where_the_package_is_not_installed(tmp_path):
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(), loss="mse")
+    model.compile(optimizer=paper_isaac(), loss="mse")
     model.train_on_batch(*regression(16))
     model.save(tmp_path / "model.keras")
     script = (
@@ -182,7 +182,7 @@ def test_export_equals_predict(tmp_path):
         pytest.importorskip("torch_xla", reason="Keras exports SavedModel from PyTorch through torch_xla")
     tf = pytest.importorskip("tensorflow", reason="Keras exports SavedModel through TensorFlow")
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(), loss="mse")
+    model.compile(optimizer=paper_isaac(), loss="mse")
     inputs, targets = regression(16)
     model.train_on_batch(inputs, targets)
     model.export(tmp_path / "exported", verbose=False)
@@ -194,7 +194,7 @@ def test_export_equals_predict(tmp_path):
 def test_a_weight_is_never_lost_to_a_singular_batch():
     inputs = np.ones((16, 6), "float32")
     model = capture_inputs(mlp())
-    model.compile(optimizer=ISAAC(damping=1e-8), loss="mse")
+    model.compile(optimizer=paper_isaac(damping=1e-8), loss="mse")
     before = weights(model)
     fit(model, (inputs, np.zeros((16, 3), "float32")), epochs=3)
     assert all(np.isfinite(w).all() for w in weights(model))
