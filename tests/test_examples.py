@@ -77,6 +77,33 @@ def test_evidence_resumes_and_is_reported(tmp_path, monkeypatch):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+KFAC = """
+import keras, numpy as np
+import evidence, kfac, tasks
+
+def build(seed):
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, "relu"), keras.layers.Dense(2)])
+
+x = np.random.default_rng(0).normal(size=(120, 6)).astype("float32")
+data = (x, (x[:, 0] > x[:, 1]).astype("int32"))
+task = tasks.TASKS["classifier"]._replace(build=build, data=lambda: (data, data), batch_size=12, steps=40)
+model = build(0)
+model.compile(loss=task.loss())
+losses = kfac.KfacTrainer(task).run(0.3, 0.1, 0)["losses"]
+assert abs(losses[0] - model.evaluate(*data, verbose=0)) < 1e-3, losses
+assert losses[-1] < losses[0] / 2, losses
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("curvlinops") is None, reason="K-FAC is of curvlinops, which is not installed")
+def test_kfac_starts_from_the_tasks_model_and_learns(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])}
+    command = [sys.executable, "-W", "ignore", "-c", KFAC]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_the_papers_experiments_are_kept_whole(tmp_path):
     output = run("paper.py", cwd=tmp_path)
     # Nothing is left to run.
