@@ -87,3 +87,17 @@ def test_the_training_step_lowers_for_accelerators(make_step, network):
     model.train_on_batch(x, y)
     assert_close(lowered, weights(model), 1e-5)
     assert_differ(lowered, before)
+
+
+def test_layers_that_share_their_input_share_its_inverse():
+    """XLA computes the same thing once: one elimination for query, key and value, and one for the output."""
+    import jax
+
+    inputs = keras.Input((5, 8))
+    model = capture_inputs(keras.Model(inputs, keras.layers.MultiHeadAttention(2, 4)(inputs, inputs)))
+    model.compile(optimizer=paper_isaac(), loss="mse")
+    x, y = np.random.default_rng(0).normal(size=(2, 4, 5, 8)).astype("float32")
+    model.train_on_batch(x, y)
+    step, state = fits_step(model)
+    compiled = jax.jit(step).lower(state, x, y).compile().as_text()
+    assert len(re.findall(r" while\(", compiled)) == 2
