@@ -108,6 +108,38 @@ def print_defaults(tasks):
     Console(width=150).print(table)
 
 
+def soonest(results, method, target):
+    """After which part of the steps a method is at a loss, by the setting of its grid that is there first, and that setting."""
+    parts = {(math.inf, None)}
+    for rate in RATES[METHODS[method].optimizer]:
+        for damping in METHODS[method].dampings:
+            runs = [results["runs"].get(key(method, rate, damping, seed)) for seed in SEEDS]
+            runs = [run for run in runs if run and run["losses"]]
+            if runs:
+                parts.add((part_to(curve(runs), target), (rate, damping)))
+    return min(parts, key=lambda each: each[0])
+
+
+def print_soonest(tasks, method="ISAAC + AdamW"):
+    """Prints how soon a method tuned for it is at the least loss of the references."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"steps of {method} to the least loss of a tuned optimizer, by the setting that is there first")
+    table.add_column("task")
+    for reference in REFERENCES:
+        table.add_column(reference, justify="right")
+        table.add_column("rate, damping", justify="right")
+    for task in tasks:
+        results, cells = load(task), [task]
+        for reference in REFERENCES:
+            found = chosen(results, reference)
+            part, setting = soonest(results, method, min(curve(found[1]))) if found else (None, None)
+            cells += ["" if part is None else percent(part), f"{setting[0]:g}, {setting[1]:g}" if setting else ""]
+        table.add_row(*cells)
+    Console(width=150).print(table)
+
+
 def save_pictures(tasks, folder):
     """Saves the loss by step, and the last loss by learning rate."""
     import matplotlib as mpl
@@ -171,6 +203,7 @@ def main():
     for task in tasks:
         print_table(task, load(task))
     print_defaults(tasks)
+    print_soonest(tasks)
     save_pictures(tasks, arguments.pictures)
 
 
