@@ -135,6 +135,7 @@ def test_sizes_that_are_open():
         keras_isaac.summary(layers.Dense(3))
 
 
+@pytest.mark.skipif(not hasattr(keras.optimizers, "OptimizerMap"), reason="an older Keras has no OptimizerMap")
 def test_kernels_of_another_optimizer_are_plain():
     model = capture_inputs(mlp())
     inner = keras.optimizers.OptimizerMap(keras.optimizers.SGD(), {".*head.*": paper_isaac()})
