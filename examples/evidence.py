@@ -199,17 +199,26 @@ def time_steps(task_name, methods, repetitions=7):
 
     trainers = {name: make_trainer(TASKS[task_name], METHODS[name]) for name in methods}
     times = {name: [] for name in trainers}
+    # As many steps of a turn as the first method makes in half a second.
+    first, steps, seconds = next(iter(trainers.values())), 2, 0.0
+    first.reset(1e-4, None, SEEDS[0])
+    first.fit(0, 1, SEEDS[0])
+    while seconds < 0.5 and steps < 500:
+        steps *= 2
+        start = time.perf_counter()
+        first.fit(0, steps, SEEDS[0])
+        seconds = time.perf_counter() - start
     for repetition in range(repetitions + 1):
         for name, trainer in trainers.items():
             if repetition == 0:
                 trainer.reset(1e-4, None, SEEDS[0])
             start = time.perf_counter()
-            trainer.fit(0, 1 if repetition == 0 else 5, SEEDS[0])
+            trainer.fit(0, 1 if repetition == 0 else steps + 1, SEEDS[0])
             long = time.perf_counter() - start
             start = time.perf_counter()
             trainer.fit(0, 1, SEEDS[0])
             if repetition:
-                times[name].append((long - (time.perf_counter() - start)) / 4)
+                times[name].append((long - (time.perf_counter() - start)) / steps)
     results = load(task_name)
     results["milliseconds"] |= {name: float(f"{1000 * statistics.median(each):.4g}") for name, each in times.items()}
     save(task_name, results)
