@@ -1,16 +1,19 @@
 """The `ISAAC` optimizer: the damping, the inner optimizer, and the check that the two halves of the pair have met."""
 
 import contextlib
-import inspect
-import math
-import numbers
 
 import keras
 from keras import ops
 
 from keras_isaac import scope
-
-_LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
+from keras_isaac.arguments import (
+    LearningRateSchedule,
+    build_inner_optimizer,
+    check_damping,
+    check_flags,
+    check_number,
+    check_weight_sharing,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_isaac")
@@ -92,14 +95,19 @@ class ISAAC(keras.optimizers.Optimizer):
         per_replica=False,
         **kwargs,
     ):
-        _check_damping(damping)
+        check_damping(damping)
         if output_damping is not None:
-            _check_number("output_damping", output_damping, "a finite number above 0 or `None`")
-        _check_weight_sharing(weight_sharing, max_rows)
-        _check_flags(relative_damping=relative_damping, preserve_norm=preserve_norm, per_replica=per_replica)
+            check_number("output_damping", output_damping, "a finite number above 0 or `None`")
+        check_weight_sharing(weight_sharing, max_rows)
+        check_flags(relative_damping=relative_damping, preserve_norm=preserve_norm, per_replica=per_replica)
         # The base class keeps a learning rate of its own; as in LossScaleOptimizer, the inner optimizer's is the one in use.
         super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = _build_inner_optimizer(inner_optimizer, learning_rate, kwargs)
+        self.inner_optimizer = build_inner_optimizer(inner_optimizer, learning_rate, kwargs)
+        if isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer) or isaacs_in(self.inner_optimizer):
+            raise ValueError(
+                f"`{type(self.inner_optimizer).__name__}` cannot stand inside `ISAAC`. Put it around it: "
+                f"`keras.optimizers.LossScaleOptimizer(ISAAC(...))`. Received: inner_optimizer={inner_optimizer!r}"
+            )
         self.relative_damping = relative_damping
         self.preserve_norm = preserve_norm
         self.output_damping = None if output_damping is None else float(output_damping)
@@ -108,7 +116,7 @@ class ISAAC(keras.optimizers.Optimizer):
         self.per_replica = per_replica
         self._took_part = False
         self._trained_variables = None
-        if isinstance(damping, _LearningRateSchedule):
+        if isinstance(damping, LearningRateSchedule):
             self._damping = damping
         else:
             with keras.name_scope(self.name):
@@ -126,14 +134,14 @@ class ISAAC(keras.optimizers.Optimizer):
     @property
     def damping(self):
         """The damping λ: a variable, or the schedule's value at the present iteration."""
-        if isinstance(self._damping, _LearningRateSchedule):
+        if isinstance(self._damping, LearningRateSchedule):
             return self._damping(self.iterations)
         return self._damping
 
     @damping.setter
     def damping(self, damping):
-        _check_damping(damping)
-        if isinstance(self._damping, _LearningRateSchedule) or isinstance(damping, _LearningRateSchedule):
+        check_damping(damping)
+        if isinstance(self._damping, LearningRateSchedule) or isinstance(damping, LearningRateSchedule):
             raise TypeError(
                 "`damping` can be set only from a number to a number: a `LearningRateSchedule` is part of the compiled "
                 "training step. To change it, compile the model with a new `ISAAC(damping=...)`. "
@@ -313,7 +321,7 @@ class ISAAC(keras.optimizers.Optimizer):
 
     def get_config(self):
         """Returns the configuration: the arguments, and the serialized inner optimizer."""
-        if isinstance(self._damping, _LearningRateSchedule):
+        if isinstance(self._damping, LearningRateSchedule):
             damping = keras.optimizers.schedules.serialize(self._damping)
         else:
             damping = float(ops.convert_to_numpy(self._damping))
@@ -345,82 +353,3 @@ def isaacs_in(optimizer):
         return [optimizer]
     inner = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())]
     return [isaac for each in inner if each is not None for isaac in isaacs_in(each)]
-
-
-def _check_damping(damping):
-    if not isinstance(damping, _LearningRateSchedule):
-        _check_number("damping", damping, "a finite number above 0 or a `keras.optimizers.schedules.LearningRateSchedule`")
-
-
-def _check_number(name, value, wanted):
-    # Tensors and NumPy scalars are numbers to a user; a boolean is a slip.
-    number = value
-    if hasattr(value, "shape") and tuple(value.shape) == ():
-        number = ops.convert_to_numpy(value).item()
-    if not isinstance(number, numbers.Real) or isinstance(number, bool) or not 0 < number < math.inf:
-        raise ValueError(f"`{name}` must be {wanted}. Received: {name}={value!r}")
-
-
-def _check_weight_sharing(weight_sharing, max_rows):
-    if weight_sharing not in ("expand", "reduce"):
-        raise ValueError(f'`weight_sharing` must be "expand" or "reduce". Received: weight_sharing={weight_sharing!r}')
-    is_integer = isinstance(max_rows, numbers.Integral) and not isinstance(max_rows, bool)
-    if max_rows is not None and not (is_integer and max_rows > 0):
-        raise ValueError(f"`max_rows` must be an integer above 0, or `None` for all rows. Received: max_rows={max_rows!r}")
-
-
-def _check_flags(**flags):
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            hint = " The damping itself goes into `damping`." if name == "relative_damping" else ""
-            raise ValueError(f"`{name}` must be `True` or `False`.{hint} Received: {name}={flag!r}")
-
-
-def _build_inner_optimizer(inner_optimizer, learning_rate, kwargs):
-    if isinstance(learning_rate, (str, keras.optimizers.Optimizer)):
-        name = (
-            repr(learning_rate) if isinstance(learning_rate, str) else f"keras.optimizers.{type(learning_rate).__name__}(...)"
-        )
-        raise ValueError(
-            f"`learning_rate` comes first. To hand the gradients to another optimizer, write `ISAAC(inner_optimizer={name})`. "
-            f"Received: learning_rate={learning_rate!r}"
-        )
-    if isinstance(inner_optimizer, keras.optimizers.Optimizer):
-        given = {} if learning_rate is None else {"learning_rate": learning_rate}
-        given.update(kwargs)
-        if given:
-            raise ValueError(
-                f"`{'`, `'.join(given)}` cannot be given beside an `inner_optimizer` instance, which has its own. Write for "
-                f"example `ISAAC(inner_optimizer=keras.optimizers.{type(inner_optimizer).__name__}("
-                f"{', '.join(f'{name}={value!r}' for name, value in given.items())}))`. "
-                f"Received: inner_optimizer={inner_optimizer}"
-            )
-        optimizer = inner_optimizer
-    else:
-        optimizer_class = inner_optimizer
-        if isinstance(inner_optimizer, str):
-            optimizer_class = type(keras.optimizers.get(inner_optimizer))
-        if not (inspect.isclass(optimizer_class) and issubclass(optimizer_class, keras.optimizers.Optimizer)):
-            raise TypeError(
-                "`inner_optimizer` must be the name of a Keras optimizer, its class or an instance. "
-                f"Received: inner_optimizer={inner_optimizer!r}"
-            )
-        if learning_rate is None and issubclass(optimizer_class, keras.optimizers.SGD):
-            learning_rate = 0.1
-        if learning_rate is not None:
-            kwargs = {"learning_rate": learning_rate, **kwargs}
-        try:
-            optimizer = optimizer_class(**kwargs)
-        except (TypeError, ValueError) as error:
-            received = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
-            raise type(error)(
-                "`ISAAC` hands the arguments that are not its own to the inner optimizer, and "
-                f"{optimizer_class.__name__} says: {error}. Another takes its place by name: `ISAAC(inner_optimizer='sgd')`. "
-                f"Received: {received}"
-            ) from error
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) or isaacs_in(optimizer):
-        raise ValueError(
-            f"`{type(optimizer).__name__}` cannot stand inside `ISAAC`. Put it around it: "
-            f"`keras.optimizers.LossScaleOptimizer(ISAAC(...))`. Received: inner_optimizer={inner_optimizer!r}"
-        )
-    return optimizer
