@@ -38,28 +38,27 @@ class Method(NamedTuple):
     dampings: tuple = (None,)
 
 
-RELATIVE = {"relative_damping": True}
-NORM = {"relative_damping": True, "preserve_norm": True}
+NORM = {"preserve_norm": True}
 METHODS = {
     "SGD": Method("sgd", {}),
     "momentum": Method("sgd", {"momentum": 0.9}),
     "AdamW": Method("adamw", {}),
     "Muon": Method("muon", {}),
-    "ISAAC": Method("sgd", {}, RELATIVE, (1.0,)),
+    "ISAAC": Method("sgd", {}, {}, (1.0,)),
     "ISAAC, norm": Method("sgd", {}, NORM, (0.1, 1.0)),
     "ISAAC + momentum, norm": Method("sgd", {"momentum": 0.9}, NORM, (1.0,)),
-    "ISAAC + AdamW": Method("adamw", {}, RELATIVE, (0.1, 1.0)),
+    "ISAAC + AdamW": Method("adamw", {}, {}, (0.1, 1.0)),
     "ISAAC + AdamW, norm": Method("adamw", {}, NORM, (0.1, 1.0)),
     "ISAAC + AdamW, absolute": Method("adamw", {}, {"relative_damping": False}, (0.1, 1.0)),
-    "ISAAC + AdamW, 256 rows": Method("adamw", {}, {**RELATIVE, "max_rows": 256}, (0.1, 1.0)),
-    "ISAAC + AdamW, all rows": Method("adamw", {}, {**RELATIVE, "max_rows": None}, (0.1, 1.0)),
-    "ISAAC + Muon": Method("muon", {}, RELATIVE, (1.0,)),
+    "ISAAC + AdamW, 256 rows": Method("adamw", {}, {"max_rows": 256}, (0.1, 1.0)),
+    "ISAAC + AdamW, all rows": Method("adamw", {}, {"max_rows": None}, (0.1, 1.0)),
+    "ISAAC + Muon": Method("muon", {}, {}, (1.0,)),
     "K-FAC": Method("kfac", {}, None, (0.1, 0.01)),
 }
-# Its package is PyTorch's, and it is run where it is cheap enough.
-TASKS_OF_KFAC = ("classifier", "autoencoder")
-# Where no kernel is shared over positions, rows are not capped.
-WITHOUT_POSITIONS = ("classifier", "autoencoder", "tabular")
+# Where no kernel is shared over positions, rows are not capped. K-FAC is of dense layers, and trains the paper's networks.
+OF_POSITIONS = ("ISAAC + AdamW, 256 rows", "ISAAC + AdamW, all rows")
+LEFT_OUT = {"classifier": OF_POSITIONS, "autoencoder": OF_POSITIONS, "tabular": (*OF_POSITIONS, "K-FAC")}
+LEFT_OUT |= dict.fromkeys(("cnn", "transformer", "lora"), ("K-FAC",))
 
 
 class Trainer:
@@ -68,7 +67,7 @@ class Trainer:
     `choose`, a function of the model, names the layers to capture; without it, all are.
     """
 
-    def __init__(self, task, method, choose=lambda model: None):
+    def __init__(self, task, method, choose=None):
         import keras
 
         from keras_isaac import ISAAC, capture_inputs
@@ -76,7 +75,7 @@ class Trainer:
         self.task, self.keras = task, keras
         self.train_data, self.test_data = task.data()
         model = task.build(SEEDS[0])
-        self.model = capture_inputs(model, include=choose(model))
+        self.model = capture_inputs(model, include=choose and choose(model))
         options = dict(method.options)
         if method.optimizer == "muon":
             options["exclude_layers"] = ["logits"]
@@ -103,6 +102,10 @@ class Trainer:
         order = batches(self.task, len(x), first_step, last_step, seed)
         self.model.fit(x[order], y[order], batch_size=self.task.batch_size, shuffle=False, verbose=0)
 
+    def evaluate(self, x, y):
+        """Returns loss and metric."""
+        return self.model.evaluate(x, y, batch_size=256, verbose=0, return_dict=True)
+
     def run(self, learning_rate, damping, seed):
         """Returns the training loss after each twentieth of the steps, and of the held-out data loss and metric."""
         self.reset(learning_rate, damping, seed)
@@ -111,12 +114,11 @@ class Trainer:
         for check in range(NUM_CHECKS + 1):
             if check:
                 self.fit(*(self.task.steps * each // NUM_CHECKS for each in (check - 1, check)), seed)
-            loss = self.model.evaluate(x[:1024], y[:1024], batch_size=256, verbose=0, return_dict=True)["loss"]
+            loss = self.evaluate(x[:1024], y[:1024])["loss"]
             losses.append(float(f"{loss:.4g}"))
             if not loss < 100 * losses[0]:
                 return {"losses": None}
-        held_out = self.model.evaluate(*self.test_data, batch_size=256, verbose=0, return_dict=True)
-        return {"losses": losses, **{name: float(f"{value:.4g}") for name, value in held_out.items()}}
+        return {"losses": losses, **{name: float(f"{value:.4g}") for name, value in self.evaluate(*self.test_data).items()}}
 
 
 def batches(task, num_samples, first_step, last_step, seed):
@@ -245,8 +247,7 @@ def main():
     from tasks import TASKS
 
     for task in arguments.tasks or TASKS:
-        methods = [name for name in arguments.methods or METHODS if not (task in WITHOUT_POSITIONS and name.endswith("rows"))]
-        methods = [name for name in methods if name != "K-FAC" or task in TASKS_OF_KFAC]
+        methods = [name for name in arguments.methods or METHODS if name not in LEFT_OUT[task]]
         if arguments.time:
             time_steps(task, methods)
             continue

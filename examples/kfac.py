@@ -13,11 +13,11 @@ import math
 import numpy as np
 import torch
 from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
-from evidence import NUM_CHECKS, batches
+from evidence import Trainer, batches
 
 
-class KfacTrainer:
-    """Does as `evidence.Trainer`, with K-FAC."""
+class KfacTrainer(Trainer):
+    """A trainer of one task with K-FAC, in PyTorch."""
 
     def __init__(self, task):
         self.task = task
@@ -30,6 +30,7 @@ class KfacTrainer:
 
     def reset(self, learning_rate, damping, seed):
         """Builds the task's model in PyTorch, with its weights."""
+        torch.manual_seed(seed)
         layers = []
         for layer in self.task.build(seed).layers:
             if layer.weights:
@@ -46,8 +47,13 @@ class KfacTrainer:
         """Trains some steps."""
         x, y = self.train_data
         order = torch.as_tensor(batches(self.task, len(x), first_step, last_step, seed))
-        for places in order.split(self.task.batch_size):
-            self.step(x[places], y[places])
+        try:
+            for places in order.split(self.task.batch_size):
+                self.step(x[places], y[places])
+        except torch.linalg.LinAlgError:
+            # What the package cannot factorize has diverged.
+            for parameter in self.model.parameters():
+                parameter.detach().fill_(math.nan)
 
     def step(self, x, y):
         """Trains one step."""
@@ -63,26 +69,11 @@ class KfacTrainer:
             for parameter, step in zip(parameters, steps, strict=True):
                 parameter -= self.learning_rate * lengths[0] / max(lengths[1], 1e-30) * step
 
-    def run(self, learning_rate, damping, seed):
-        """Returns what `evidence.Trainer.run` returns."""
-        torch.manual_seed(seed)
-        self.reset(learning_rate, damping, seed)
-        losses = []
-        for check in range(NUM_CHECKS + 1):
-            if check:
-                try:
-                    self.fit(*(self.task.steps * each // NUM_CHECKS for each in (check - 1, check)), seed)
-                except torch.linalg.LinAlgError:
-                    # The package factorizes what is not finite, or singular in float32.
-                    return {"losses": None}
-            with torch.no_grad():
-                loss = float(self.loss_fn(self.model(self.train_data[0][:1024]), self.train_data[1][:1024]))
-            losses.append(float(f"{loss:.4g}"))
-            if not loss < 100 * losses[0]:
-                return {"losses": None}
+    def evaluate(self, x, y):
+        """Returns loss and metric."""
         with torch.no_grad():
-            outputs = self.model(self.test_data[0])
-        held_out = {"loss": float(self.loss_fn(outputs, self.test_data[1]))}
+            outputs = self.model(x)
+            result = {"loss": float(self.loss_fn(outputs, y))}
         if self.is_classifier:
-            held_out["accuracy"] = float((outputs.argmax(-1) == self.test_data[1]).float().mean())
-        return {"losses": losses, **{name: float(f"{value:.4g}") for name, value in held_out.items()}}
+            result["accuracy"] = float((outputs.argmax(-1) == y).float().mean())
+        return result
