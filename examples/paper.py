@@ -133,7 +133,7 @@ def run(experiment):
             if run_name in results["runs"]:
                 continue
             if trained != name:
-                trainer, trained = Trainer(task, method, choose or (lambda model: None)), name
+                trainer, trained = Trainer(task, method, choose), name
             results["runs"][run_name] = trainer.run(rate, damping, 0)
             save(f"paper/{experiment}", results)
             print(f"{experiment}: {run_name}: {final_loss(results['runs'][run_name]):.4g}", flush=True)
@@ -218,7 +218,10 @@ def main():
         # Keras fixes its backend when it is imported.
         os.environ["KERAS_BACKEND"] = arguments.backend
     (RESULTS / "paper").mkdir(parents=True, exist_ok=True)
-    for experiment in arguments.experiments.split(","):
+    experiments = arguments.experiments.split(",")
+    if unknown := set(experiments) - set(EXPERIMENTS):
+        parser.error(f"--experiments must be of {', '.join(EXPERIMENTS)}. Received: {', '.join(sorted(unknown))}")
+    for experiment in experiments:
         run(experiment)
         print_table(experiment)
     if all((RESULTS / "paper" / f"{experiment}.json").exists() for experiment in EXPERIMENTS):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,7 +105,9 @@ def test_kfac_starts_from_the_tasks_model_and_learns(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_papers_experiments_are_kept_whole(tmp_path):
+def test_the_papers_experiments_are_kept_whole(tmp_path, monkeypatch):
+    shutil.copytree(EXAMPLES / "results", tmp_path / "results")
+    monkeypatch.setenv("KERAS_ISAAC_RESULTS", str(tmp_path / "results"))
     output = run("paper.py", cwd=tmp_path)
     # Nothing is left to run.
     assert not re.search(r"^\w+: .*: ", output, re.MULTILINE), output
