@@ -16,8 +16,15 @@ from evidence import METHODS, NUM_CHECKS, RATES, RESULTS, SEEDS, best, final_los
 
 REFERENCES = ("AdamW", "Muon")
 PICTURED = ("SGD", "AdamW", "Muon", "ISAAC, norm", "ISAAC + AdamW")
-# `AdamW()` and `ISAAC()`, in the first seed.
-BY_DEFAULT = {"AdamW": (0.001, None), "ISAAC + AdamW": (0.001, 1.0)}
+# What stands for a call without arguments, and what its defaults might have been: method, learning rate, damping.
+BY_DEFAULT = {
+    "AdamW()": ("AdamW", 0.001, None),
+    "ISAAC()": ("ISAAC + AdamW", 0.001, 1.0),
+    "its norm preserved": ("ISAAC + AdamW, norm", 0.001, 1.0),
+    "an absolute damping": ("ISAAC + AdamW, absolute", 0.001, 1.0),
+    "into SGD": ("ISAAC", 0.1, 1.0),
+}
+TUNED = ("AdamW", "ISAAC + AdamW")
 
 
 def chosen(results, method):
@@ -98,13 +105,13 @@ def print_defaults(tasks):
     from rich.table import Table
 
     table = Table(title="training loss without arguments, and tuned")
-    for column in ("task", "AdamW()", "ISAAC()", "AdamW, tuned", "ISAAC + AdamW, tuned"):
+    for column in ("task", *BY_DEFAULT, *(f"{method}, tuned" for method in TUNED)):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task in tasks:
         results = load(task)
-        default = [results["runs"].get(key(method, *setting, SEEDS[0])) for method, setting in BY_DEFAULT.items()]
-        tuned = [results["runs"].get(key(method, *best(results, method), SEEDS[0])) for method in BY_DEFAULT]
-        table.add_row(task, *(f"{final_loss(run):.3g}" if run else "" for run in (*default, *tuned)))
+        settings = [*BY_DEFAULT.values(), *((method, *best(results, method)) for method in TUNED)]
+        runs = [results["runs"].get(key(*setting, SEEDS[0])) for setting in settings]
+        table.add_row(task, *(f"{final_loss(run):.3g}" if run else "" for run in runs))
     Console(width=150).print(table)
 
 
