@@ -1,7 +1,7 @@
 """Shows what conditioning does while a classifier of digits trains: a table of its kernels, and a picture of the monitor.
 
 python monitor.py --backend jax                           # half a minute
-python monitor.py --relative-damping 0.1 --picture monitor.png
+python monitor.py --damping 0.1 --picture monitor.png
 """
 
 import argparse
@@ -19,7 +19,7 @@ def parse_arguments():
     )
     parser.add_argument("--width", type=int, default=256, help="of the three hidden layers (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--relative-damping", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument("--damping", type=float, default=1.0, help="default: %(default)s")
     parser.add_argument("--every-steps", type=int, default=20, help="between measurements (default: %(default)s)")
     parser.add_argument("--picture", type=Path, default=Path("monitor.png"), help="where it goes (default: %(default)s)")
     arguments = parser.parse_args()
@@ -45,7 +45,7 @@ def main():
     hidden = [keras.layers.Dense(arguments.width, "relu", name=f"hidden_{number}") for number in (1, 2, 3)]
     model = keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(10, name="logits")], name="digits")
     model = keras_isaac.capture_inputs(model)
-    optimizer = keras_isaac.ISAAC(0.003, damping=arguments.relative_damping)
+    optimizer = keras_isaac.ISAAC(0.003, arguments.damping)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
     keras_isaac.summary(model, batch_size=60)
     seconds = []
