@@ -28,7 +28,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_isaac.inverse import damped_inverse, damped_inverse_root, trace
+from keras_isaac.inverse import damped_inverse, damped_inverse_root, damping_relative_to
 
 
 def conditioned_gradient(
@@ -199,8 +199,7 @@ def _summed_damping(gram, damping, rows, num_rows, is_relative):
     if not is_relative:
         return damping * (_num_rows(rows) if num_rows is None else num_rows)
     rank = _num_rows(gram) if num_rows is None else ops.where(num_rows < rows.shape[-1], num_rows, rows.shape[-1])
-    # Rows that are all zero leave the gradient as it is.
-    return ops.clip(damping * trace(gram) / rank, 1e-37, 1e37)
+    return damping_relative_to(gram, damping, rank)
 
 
 def _ratio_of_norms(squares, conditioned_squares):

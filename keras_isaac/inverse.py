@@ -26,6 +26,14 @@ def trace(matrix):
     return ops.sum(ops.where(on_diagonal, matrix, 0.0), axis=(-2, -1), keepdims=True)
 
 
+def damping_relative_to(matrix, damping, rank):
+    """Returns a damping in units of the mean eigenvalue of M, δ tr(M)/rank, as what broadcasts to `[..., 1, 1]`."""
+    if _is_in_numbers(matrix):
+        return min(max(float(damping) * matrix.trace().item() / float(rank), _TINY), 1 / _TINY)
+    # Rows that are all zero leave the gradient as it is.
+    return ops.clip(damping * trace(matrix) / rank, _TINY, 1 / _TINY)
+
+
 def damped_inverse(matrix, damping):
     """Returns (λI + M)⁻¹.
 
@@ -35,7 +43,7 @@ def damped_inverse(matrix, damping):
 
     Args:
         matrix: tensor of shape `[..., k, k]` (M), float32 or float64. `k` is static on JAX.
-        damping: tensor that broadcasts to `[..., 1, 1]` (λ), not negative.
+        damping: tensor that broadcasts to `[..., 1, 1]` (λ), or number, not negative.
 
     Returns:
         Tensor `[..., k, k]`.
@@ -52,7 +60,7 @@ def damped_inverse_root(matrix, damping):
 
     Args:
         matrix: tensor of shape `[..., k, k]` (M), float32 or float64. `k` is static on JAX.
-        damping: tensor that broadcasts to `[..., 1, 1]` (λ), not negative.
+        damping: tensor that broadcasts to `[..., 1, 1]` (λ), or number, not negative.
 
     Returns:
         Tensor `[..., k, k]`, lower triangular.
@@ -92,17 +100,22 @@ def _damped_inverse_root_torch(matrix, damping):
     )
 
 
+def _is_in_numbers_torch(matrix):
+    # Eager PyTorch pays for every operation on tensors. On the CPU nothing waits for a number.
+    is_plain = matrix.device.type == "cpu" and matrix.ndim == 2 and matrix.shape[-1] > 0
+    return is_plain and not (matrix.requires_grad or torch.compiler.is_compiling())
+
+
 def _from_factor_torch(matrix, damping, floor, inverse_of, power):
     size, dtype = matrix.shape[-1], matrix.dtype
     floor *= torch.finfo(dtype).eps
     identity = torch.eye(size, dtype=dtype, device=matrix.device)
-    if matrix.device.type == "cpu" and matrix.ndim == 2 and not (matrix.requires_grad or torch.compiler.is_compiling()):
-        # Eager PyTorch pays for every operation on tensors. Here nothing waits for a number.
+    if _is_in_numbers(matrix):
         damped = torch.add(matrix, identity, alpha=max(float(damping), floor * matrix.trace().item() + _TINY))
         factor, failed_at = torch.linalg.cholesky_ex(damped)
         if failed_at.item() == 0:
             return inverse_of(factor)
-    bound = trace(matrix)
+    damping, bound = torch.as_tensor(damping, dtype=dtype, device=matrix.device), trace(matrix)
     # The `_ex` form neither raises nor waits for the device.
     damped = torch.addcmul(matrix, identity, torch.maximum(damping, bound * floor + _TINY))
     factor, failed_at = torch.linalg.cholesky_ex(damped)
@@ -192,6 +205,7 @@ if keras.backend.backend() == "torch":
     import torch
 
     _damped_inverse, _damped_inverse_root = _damped_inverse_torch, _damped_inverse_root_torch
+    _is_in_numbers = _is_in_numbers_torch
 else:
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -217,6 +231,9 @@ else:
             # Every device inverts by itself. Split over devices, the elimination would cross them for every pivot.
             jitted = jax.jit(function)
             return lambda matrix, damping: laid_out(jitted(laid_out(matrix), damping))
+
+    def _is_in_numbers(matrix):
+        return False
 
     # Layers whose matrices have one shape share a trace.
     _damped_inverse = _once_per_shape(_damped_inverse_in_graph)
