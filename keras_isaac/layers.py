@@ -86,6 +86,11 @@ class EmbeddingAdapter:
     @staticmethod
     def call(layer, conditioning_of, inputs):
         """`Embedding.call`, the gradient of each token's row scaled."""
+        if hasattr(inputs, "with_flat_values"):
+            # TensorFlow's ragged tensor.
+            return inputs.with_flat_values(EmbeddingAdapter.call(layer, conditioning_of, inputs.flat_values))
+        # Keras looks up what a sparse tensor leaves out as token 0.
+        inputs = _dense(inputs)
         (kernel,) = EmbeddingAdapter.kernels(layer)
         conditioning = conditioning_of(kernel)
         if layer.lora_enabled or conditioning.preserve_norm or conditioning.observe is not None:

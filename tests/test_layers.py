@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from cases import data, each_case, expected_gradient
-from harness import paper_isaac, run
+from harness import BACKEND, paper_isaac, run, to_numpy
 from oracle import relative_error
 
 from keras_isaac import capture_inputs
@@ -92,3 +92,29 @@ def test_saved_file_is_the_plain_models(case, tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert "call" not in vars(loaded.layers[-1])
     np.testing.assert_allclose(loaded.predict(inputs, verbose=0), before, atol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has ragged tensors, and looks tokens up sparsely")
+@pytest.mark.parametrize("kind", ["Embedding", "ReversibleEmbedding"])
+@pytest.mark.parametrize("preserve_norm", [False, True])
+def test_ragged_and_sparse_tokens_are_conditioned_as_dense_ones(kind, preserve_norm):
+    import tensorflow as tf
+
+    if not hasattr(keras.layers, kind):
+        pytest.skip("An older Keras has no such layer.")
+    layer = capture_inputs(getattr(keras.layers, kind)(5, 3))
+    layer.build((None, None))
+    ragged = tf.ragged.constant([[1, 3, 3], [4]])
+    sparse = tf.sparse.from_dense([[1, 3, 3], [4, 0, 0]])
+    optimizer = paper_isaac(damping=0.1, preserve_norm=preserve_norm)
+    for tokens, dense in [(ragged, ragged.flat_values), (sparse, tf.sparse.to_dense(sparse))]:
+        outputs, gradients = [], []
+        for each in (tokens, dense):
+            with tf.GradientTape() as tape, optimizer.conditioning():
+                output = layer(each)
+                loss = tf.reduce_sum(tf.exp(getattr(output, "flat_values", output)))
+            outputs.append(output)
+            gradients.append(to_numpy(tape.gradient(loss, layer.embeddings.value)))
+        assert type(outputs[0]) is type(tokens if tokens is ragged else dense)
+        np.testing.assert_array_equal(*gradients)
+        assert np.abs(gradients[0]).max() > 0
