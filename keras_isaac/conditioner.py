@@ -129,10 +129,10 @@ def condition(gradient, rows, damping, num_rows=None, *, relative_damping=False,
     def few():
         # A difference: it keeps nothing of a gradient that a smaller damping would shorten by more than the dtype's digits.
         gram = rows @ _transpose(rows)
-        root = damped_inverse_root(gram, _summed_damping(gram, damping, rows, num_rows, relative_damping))
         # Through the root, since the inverse itself would leave noise as long as the gradient along rows that are all but
         # dependent. Where FFᵀ is not finite, the gradient stays as it is; one that is not finite does so too.
-        whitened = ops.nan_to_num(root @ rows, nan=0.0, posinf=0.0, neginf=0.0)
+        whitened = damped_inverse_root(gram, _summed_damping(gram, damping, rows, num_rows, relative_damping), rows)
+        whitened = ops.nan_to_num(whitened, nan=0.0, posinf=0.0, neginf=0.0)
         return gradient - _transpose(whitened) @ (whitened @ gradient)
 
     def many():
@@ -149,13 +149,15 @@ def with_norm_of(gradient, conditioned):
     return conditioned * _ratio_of_norms(gradient * gradient, conditioned * conditioned)
 
 
-def spread(rows, max_rows):
-    """Returns at most `max_rows` of the rows `[..., rows, in]`, evenly spread over them; all for `None`."""
+def spread(rows, max_rows, axis=-2):
+    """Returns at most `max_rows` of the rows along an axis, evenly spread over them; all for `None`."""
     if max_rows is None:
         return rows
-    return _if_at_most(
-        max_rows, rows, lambda: rows, lambda: ops.take(rows, _spread_indices(ops.shape(rows)[-2], max_rows), axis=-2)
-    )
+
+    def some():
+        return ops.take(rows, _spread_indices(ops.shape(rows)[axis], max_rows), axis=axis)
+
+    return _if_at_most(max_rows, rows, lambda: rows, some, axis)
 
 
 def _spread_indices(num_rows, max_rows):
@@ -171,11 +173,11 @@ def _spread_indices(num_rows, max_rows):
     return ops.cast(ops.cast(places, "float64") * ops.cast(num_rows, "float64"), "int32")
 
 
-def _if_at_most(limit, rows, few, many):
+def _if_at_most(limit, rows, few, many, axis=-2):
     """Chooses between two computations by the number of rows: while tracing where it is known, else in the graph."""
-    if rows.shape[-2] is not None:
-        return few() if rows.shape[-2] <= limit else many()
-    return ops.cond(ops.shape(rows)[-2] <= limit, few, many)
+    if rows.shape[axis] is not None:
+        return few() if rows.shape[axis] <= limit else many()
+    return ops.cond(ops.shape(rows)[axis] <= limit, few, many)
 
 
 def _sample_side(rows, transposed, damping, relative_damping):

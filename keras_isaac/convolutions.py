@@ -94,21 +94,27 @@ def _conditioned_convolution(layer, kernel, conditioning, inputs, output_shape, 
     size = rows.shape[1]
     groups = inputs.shape[-1] if depthwise else layer.groups
     num_in = inputs.shape[-1] // groups
-    # Grouped or not, rows, matrix and outputs have the groups in front.
-    rows = ops.transpose(ops.reshape(rows, (-1, size, groups, num_in)), (2, 0, 1, 3))
-    rows = ops.reshape(rows, (groups, -1, size * num_in))
-    matrix = ops.swapaxes(ops.reshape(kernel, (size * num_in, groups, -1)), 0, 1)
+    num_groups = int(groups > 1)
+    if num_groups:
+        rows = ops.transpose(ops.reshape(rows, (-1, size, groups, num_in)), (2, 0, 1, 3))
+        rows = ops.reshape(rows, (groups, -1, size * num_in))
+        matrix = ops.swapaxes(ops.reshape(kernel, (size * num_in, groups, -1)), 0, 1)
+    else:
+        rows, matrix = ops.reshape(rows, (-1, size * num_in)), ops.reshape(kernel, (size * num_in, -1))
     matrix, tap = conditioned(matrix, conditioning, (rows, None)), None
     if output_shape is not None:
 
         def rows_of(outputs):
             outputs = _channels_last(layer, outputs)
+            if not num_groups:
+                return outputs
             outputs = ops.reshape(outputs, (*ops.shape(outputs)[:-1], groups, outputs.shape[-1] // groups))
             return ops.moveaxis(outputs, -2, 0)
 
         output_shape = (ops.shape(inputs)[0], *output_shape[1:])
-        matrix, tap = conditioned_by_outputs(matrix, conditioning, output_shape, rows_of, num_groups=1)
-    return ops.reshape(ops.swapaxes(matrix, 0, 1), kernel.shape), tap
+        matrix, tap = conditioned_by_outputs(matrix, conditioning, output_shape, rows_of, num_groups=num_groups)
+    matrix = ops.swapaxes(matrix, 0, 1) if num_groups else matrix
+    return ops.reshape(matrix, kernel.shape), tap
 
 
 def _channels_last(layer, inputs):

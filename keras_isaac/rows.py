@@ -87,7 +87,7 @@ def patches(inputs, kernel_size, strides, dilation_rate, padding, conditioning):
     num_positions = math.prod(outputs)
     if max_rows is not None and not reduce:
         # Some sixteen positions of a sample before fewer samples, then as coarse a grid as keeps to the limit.
-        inputs = _few_samples(inputs, max(1, max_rows // min(num_positions, 16)))
+        inputs = spread(inputs, max(1, max_rows // min(num_positions, 16)), axis=0)
         num_samples = ops.shape(inputs)[0]
         if isinstance(num_samples, int):
             factor = math.ceil(max(num_samples * num_positions / max_rows, 1.0) ** (1 / num_axes) - 1e-9)
@@ -108,13 +108,7 @@ def patches(inputs, kernel_size, strides, dilation_rate, padding, conditioning):
     stacked = ops.reshape(ops.stack(slices, axis=-2), (-1, len(slices), inputs.shape[-1]))
     if max_rows is None:
         return stacked
-    return ops.swapaxes(spread(ops.swapaxes(stacked, 0, 1), max_rows), 0, 1)
-
-
-def _few_samples(inputs, max_samples):
-    shape = ops.shape(inputs)
-    samples = spread(ops.reshape(inputs, (shape[0], math.prod(inputs.shape[1:]))), max_samples)
-    return ops.reshape(samples, (-1, *inputs.shape[1:]))
+    return spread(stacked, max_rows, axis=0)
 
 
 def _minimum(a, b):

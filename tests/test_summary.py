@@ -43,9 +43,9 @@ def test_kernels_meet_what_they_meet_in_training(case):
 )
 def test_the_inverses_of_a_step_are_those_of_the_table(options, sides, monkeypatch):
     def recording(function):
-        def recorded(matrix, damping):
+        def recorded(matrix, *arguments):
             sizes.append(matrix.shape[-1])
-            return function(matrix, damping)
+            return function(matrix, *arguments)
 
         return recorded
 
