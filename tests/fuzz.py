@@ -351,6 +351,8 @@ def _network(drawn):
     if error is not None:
         yield f"raises {type(error).__name__}: {error}"
         return
+    # TensorFlow's norm of a sparse gradient takes the gradients of a token apart. One that preserves the norm is dense.
+    is_other_norm = (BACKEND, kind, drawn.inner, drawn.preserve_norm) == ("tensorflow", "sequence", "clipped", True)
     before, model = captured
     if [(weight.path, tuple(weight.shape), weight.dtype) for weight in model.weights] != before:
         yield "weights changed their shapes or dtypes"
@@ -361,7 +363,7 @@ def _network(drawn):
         if drawn.data in ("NaN", "infinity") and np.isfinite(ours).all() and not np.isfinite(theirs).all():
             yield f"{path} is finite, where the plain network's is not"
         comparable = drawn.policy in ("float32", "float64") and drawn.inner in ("sgd", "momentum", "clipped")
-        comparable = comparable and np.isfinite(theirs).all()
+        comparable = comparable and np.isfinite(theirs).all() and not is_other_norm
         if is_infinite and comparable and not np.allclose(ours, theirs, rtol=1e-4, atol=1e-4):
             yield f"{path} is not the plain network's at an infinite damping: {ours.ravel()[:4]}, not {theirs.ravel()[:4]}"
 
