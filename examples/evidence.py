@@ -55,6 +55,15 @@ METHODS = {
     "ISAAC + Muon": Method("muon", {}, {}, (1.0,)),
     "K-FAC": Method("kfac", {}, None, (0.1, 0.01)),
 }
+# What stands for a call without arguments, and what its defaults might have been: method, learning rate, damping. Of those
+# too, all seeds are run.
+BY_DEFAULT = {
+    "AdamW()": ("AdamW", 0.001, None),
+    "ISAAC()": ("ISAAC + AdamW", 0.001, 1.0),
+    "its norm preserved": ("ISAAC + AdamW, norm", 0.001, 1.0),
+    "an absolute damping": ("ISAAC + AdamW, absolute", 0.001, 1.0),
+    "into SGD": ("ISAAC", 0.1, 1.0),
+}
 # Where no kernel is shared over positions, rows are not capped. K-FAC is of dense layers, and trains the paper's networks.
 OF_POSITIONS = ("ISAAC + AdamW, 256 rows", "ISAAC + AdamW, all rows")
 LEFT_OUT = {"classifier": OF_POSITIONS, "autoencoder": OF_POSITIONS, "tabular": (*OF_POSITIONS, "K-FAC")}
@@ -171,14 +180,20 @@ def best(results, method):
 
 
 def run_grid(task_name, method_name, num_seeds, max_seconds):
-    """Runs what is missing of a method's grid, then its best with the other seeds."""
+    """Runs what is missing of a method's grid, then its best and what is the default with the other seeds."""
     from tasks import TASKS
 
     method, results = METHODS[method_name], load(task_name)
     trainer, started = None, time.perf_counter()
-    grid = [(rate, damping, SEEDS[0]) for damping in method.dampings for rate in RATES[method.optimizer]]
-    for place in range(len(grid) + num_seeds - 1):
-        each = grid[place] if place < len(grid) else (*best(results, method_name), SEEDS[place - len(grid) + 1])
+
+    def wanted():
+        for damping in method.dampings:
+            yield from ((rate, damping, SEEDS[0]) for rate in RATES[method.optimizer])
+        settings = [best(load(task_name), method_name), *(each[1:] for each in BY_DEFAULT.values() if each[0] == method_name)]
+        for seed in SEEDS[1:num_seeds]:
+            yield from ((*setting, seed) for setting in dict.fromkeys(settings))
+
+    for each in wanted():
         name = key(method_name, *each)
         if name in results["runs"]:
             continue

@@ -3,8 +3,8 @@
     python report.py [--pictures FOLDER]
 
 A method stands with the learning rate and damping of its grid that gave the least training loss in the first seed; the losses
-are geometric means over its seeds. "Steps to AdamW" are those after which the loss is below the least of tuned AdamW, as
-a part of all steps; "seconds" likewise, by the times of a step as `evidence.py --time` measured them.
+are geometric means over the seeds that there are. "Steps to AdamW" are those after which the loss is below the least of tuned
+AdamW, as a part of all steps; "seconds" likewise, by the times of a step as `evidence.py --time` measured them.
 """
 
 import argparse
@@ -12,18 +12,10 @@ import math
 import statistics
 from pathlib import Path
 
-from evidence import METHODS, NUM_CHECKS, RATES, RESULTS, SEEDS, best, final_loss, key, load
+from evidence import BY_DEFAULT, METHODS, NUM_CHECKS, RATES, RESULTS, SEEDS, best, final_loss, key, load
 
 REFERENCES = ("AdamW", "Muon")
 PICTURED = ("SGD", "AdamW", "Muon", "ISAAC, norm", "ISAAC + AdamW")
-# What stands for a call without arguments, and what its defaults might have been: method, learning rate, damping.
-BY_DEFAULT = {
-    "AdamW()": ("AdamW", 0.001, None),
-    "ISAAC()": ("ISAAC + AdamW", 0.001, 1.0),
-    "its norm preserved": ("ISAAC + AdamW, norm", 0.001, 1.0),
-    "an absolute damping": ("ISAAC + AdamW, absolute", 0.001, 1.0),
-    "into SGD": ("ISAAC", 0.1, 1.0),
-}
 TUNED = ("AdamW", "ISAAC + AdamW")
 
 
@@ -32,9 +24,14 @@ def chosen(results, method):
     if not any(name.startswith(f"{method} | ") for name in results["runs"]):
         return None
     setting = best(results, method)
-    runs = [results["runs"].get(key(method, *setting, seed)) for seed in SEEDS]
-    runs = [run for run in runs if run and run["losses"]]
+    runs = runs_of(results, method, *setting)
     return (setting, runs) if runs else None
+
+
+def runs_of(results, *setting):
+    """Returns the runs of a method with a learning rate and a damping, of all seeds, but those that diverged."""
+    runs = [results["runs"].get(key(*setting, seed)) for seed in SEEDS]
+    return [run for run in runs if run and run["losses"]]
 
 
 def curve(runs):
@@ -104,14 +101,14 @@ def print_defaults(tasks):
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="training loss without arguments, and tuned")
+    table = Table(title="training loss without arguments, and tuned (and of how many seeds)")
     for column in ("task", *BY_DEFAULT, *(f"{method}, tuned" for method in TUNED)):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task in tasks:
         results = load(task)
         settings = [*BY_DEFAULT.values(), *((method, *best(results, method)) for method in TUNED)]
-        runs = [results["runs"].get(key(*setting, SEEDS[0])) for setting in settings]
-        table.add_row(task, *(f"{final_loss(run):.3g}" if run else "" for run in runs))
+        runs = [runs_of(results, *setting) for setting in settings]
+        table.add_row(task, *(f"{curve(each)[-1]:.3g} ({len(each)})" if each else "" for each in runs))
     Console(width=150).print(table)
 
 
