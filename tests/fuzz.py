@@ -280,6 +280,8 @@ def _kernel_laws(drawn, case, rows, matrix_of, precision, ours, theirs):
         tolerance = 64 * epsilon
         if not drawn.preserve_norm and length > norm * (1 + tolerance):
             yield f"{where}is longer than the plain one: {length / norm}"
+        # Padding alone is no rows, and leaves the gradient as it is, as a row of zeros does.
+        group = group if len(group) else np.zeros((1, group.shape[1]))
         _, singular, right = np.linalg.svd(group / np.sqrt(max(len(group), 1)), full_matrices=False)
         eigenvalues = singular**2
         damping = drawn.damping * (eigenvalues.sum() / min(group.shape) if drawn.relative_damping else 1)
