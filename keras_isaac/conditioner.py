@@ -207,9 +207,9 @@ def _summed_damping(gram, damping, rows, num_rows, is_relative):
 def _ratio_of_norms(squares, conditioned_squares):
     """Returns ‖∇‖ / ‖ζ‖, at least 1, since conditioning only shortens; both given by what sums to their squares."""
     square, conditioned_square = ops.sum(squares), ops.sum(conditioned_squares)
-    # Where nothing is left of either, and where rounding has left less than nothing.
-    is_short = conditioned_square < square
-    return ops.sqrt(ops.where(is_short & (conditioned_square > 0), square / conditioned_square, 1.0))
+    # Not where nothing is left of either, where rounding has left less than nothing, and where a square overflows.
+    is_short = (conditioned_square > 0) & (conditioned_square < square) & (square < float("inf"))
+    return ops.sqrt(ops.where(is_short, square / conditioned_square, 1.0))
 
 
 def _in_one_dtype(rows, *others):

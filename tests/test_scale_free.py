@@ -63,6 +63,16 @@ def test_relative_damping_makes_the_scale_of_the_inputs_a_factor(shape, scale):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_norm_whose_square_overflows_is_not_preserved_and_nothing_is_lost(shape):
+    random = np.random.default_rng(0)
+    rows, gradient = (random.normal(size=(shape[0], size)) for size in shape[1:])
+    tensors = [ops.convert_to_tensor(np.asarray(x, "float32")) for x in (rows, 1e22 * gradient, 1e-6)]
+    shortened = to_numpy(conditioned_gradient(*tensors))
+    assert np.linalg.norm(shortened) < 1e18
+    np.testing.assert_array_equal(to_numpy(conditioned_gradient(*tensors, preserve_norm=True)), shortened)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_both_sides_of_the_two_parameter_method_are_relative_and_preserve_the_norm(shape):
     random = np.random.default_rng(1)
     rows, per_sample = (random.normal(size=(shape[0], size)) for size in shape[1:])
