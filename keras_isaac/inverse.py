@@ -29,10 +29,12 @@ def trace(matrix):
 
 
 def damping_relative_to(matrix, damping, rank):
-    """Returns a damping in units of the mean eigenvalue of M, δ tr(M)/rank, as what broadcasts to `[..., 1, 1]`."""
+    """Returns a damping in units of the mean eigenvalue of M, δ tr(M)/rank, as what broadcasts to `[..., 1, 1]`.
+
+    Above zero, so that rows that are all zero leave the gradient as it is.
+    """
     if _is_in_numbers(matrix):
         return min(max(float(damping) * matrix.trace().item() / float(rank), _TINY), 1 / _TINY)
-    # Rows that are all zero leave the gradient as it is.
     return ops.clip(damping * trace(matrix) / rank, _TINY, 1 / _TINY)
 
 
