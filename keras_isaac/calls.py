@@ -1,4 +1,4 @@
-"""What the adapters of layers share: a layer's own call with other kernels, conditioned kernels, masks, biases."""
+"""What the adapters of layers share: conditioned products and kernels, a layer's own call with other kernels, masks, biases."""
 
 import contextlib
 import math
@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_isaac.conditioner import mean_loss_damping
-from keras_isaac.operations import carried, conditioned_kernel, output_conditioned_kernel
+from keras_isaac.operations import carried, conditioned_kernel, conditioned_matmul, output_conditioned_kernel
 from keras_isaac.rows import representatives
 
 
@@ -47,6 +47,11 @@ def _tapped(layer, tap):
         yield
     finally:
         layer.activation = activation
+
+
+def as_dense(inputs):
+    """Returns a tensor, dense if it was sparse."""
+    return ops.convert_to_tensor(inputs, sparse=False)
 
 
 def conditioned(matrix, conditioning, representatives, is_product=False):
@@ -93,6 +98,33 @@ def conditioned_by_outputs(matrix, conditioning, output_shape, rows_of=lambda ou
     matrix = conditioning.watched(lambda matrix: matrix, matrix, output_rows=carrier)
     matrix, carrier = output_conditioned_kernel(matrix, carrier, damping, num_rows, **conditioning.options)
     return matrix, lambda outputs: carried(outputs, carrier, lambda gradient: output_rows(gradient)[0])
+
+
+def product(inputs, kernel, conditioning, mask, num_groups=0):
+    """Returns `inputs @ kernel`, the kernel conditioned on the positions of the inputs.
+
+    Args:
+        inputs: tensor `[(groups,) samples, *positions, in]`.
+        kernel: tensor `[(groups,) in, out]`.
+        conditioning: the `Conditioning` in force.
+        mask: tensor `[samples, *positions]`, true where a position counts, or `None`.
+        num_groups: 1 if there is an axis of groups, else 0.
+    """
+    # What `matmul` promotes, the conditioned product is given: sparse inputs dense, integers in the kernel's dtype.
+    inputs = ops.cast(as_dense(inputs), kernel.dtype)
+    is_matrix, is_watched = len(inputs.shape) == num_groups + 2, conditioning.observe is not None
+    is_product = mask is None and (is_matrix or conditioning.weight_sharing == "expand")
+    if is_product and is_matrix and not is_watched:
+        return conditioned_matmul(inputs, kernel, conditioning)
+    shape = ops.shape(inputs)
+    rows = ops.reshape(inputs, (*shape[:num_groups], -1, kernel.shape[-2]))
+    output_shape = (*shape[:-1], kernel.shape[-1])
+    if is_product and not is_watched:
+        return ops.reshape(conditioned_matmul(rows, kernel, conditioning, conditioning.max_rows), output_shape)
+    kernel = conditioned(kernel, conditioning, representatives(inputs, conditioning, mask, num_groups), is_product)
+    kernel, tap = conditioned_by_outputs(kernel, conditioning, output_shape, mask=mask, num_groups=num_groups)
+    outputs = ops.reshape(ops.matmul(rows, kernel), output_shape)
+    return outputs if tap is None else tap(outputs)
 
 
 def bias_and_activation(layer, outputs, data_format="channels_last"):

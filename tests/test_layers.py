@@ -9,6 +9,10 @@ from oracle import relative_error
 
 from keras_isaac import capture_inputs
 
+# An older Keras has not both.
+each_table = pytest.mark.parametrize(
+    "kind", [each for each in ("Embedding", "ReversibleEmbedding") if hasattr(keras.layers, each)]
+)
 each_mode = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 
 
@@ -94,14 +98,12 @@ def test_saved_file_is_the_plain_models(case, tmp_path):
     np.testing.assert_allclose(loaded.predict(inputs, verbose=0), before, atol=1e-6)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has ragged tensors, and looks tokens up sparsely")
-@pytest.mark.parametrize("kind", ["Embedding", "ReversibleEmbedding"])
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has ragged tensors")
+@each_table
 @pytest.mark.parametrize("preserve_norm", [False, True])
 def test_ragged_and_sparse_tokens_are_conditioned_as_dense_ones(kind, preserve_norm):
     import tensorflow as tf
 
-    if not hasattr(keras.layers, kind):
-        pytest.skip("An older Keras has no such layer.")
     layer = capture_inputs(getattr(keras.layers, kind)(5, 3))
     layer.build((None, None))
     ragged = tf.ragged.constant([[1, 3, 3], [4]])
@@ -118,3 +120,15 @@ def test_ragged_and_sparse_tokens_are_conditioned_as_dense_ones(kind, preserve_n
         assert type(outputs[0]) is type(tokens if tokens is ragged else dense)
         np.testing.assert_array_equal(*gradients)
         assert np.abs(gradients[0]).max() > 0
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="the sparse tensors of JAX")
+@each_table
+def test_sparse_tokens_of_jax_are_conditioned_as_dense_ones(kind):
+    from jax.experimental.sparse import BCOO
+
+    layer = capture_inputs(getattr(keras.layers, kind)(5, 3))
+    tokens, cotangent = np.array([[1, 3, 3], [4, 0, 0]]), np.random.default_rng(0).normal(size=(2, 3, 3)).astype("float32")
+    sparse, dense = (run(layer, each, cotangent, paper_isaac(damping=0.1)) for each in (BCOO.fromdense(tokens), tokens))
+    np.testing.assert_array_equal(sparse.outputs, dense.outputs)
+    np.testing.assert_array_equal(*(each.gradients[0] for each in (sparse, dense)))
