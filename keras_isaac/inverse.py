@@ -60,7 +60,8 @@ def damped_inverse_root(matrix, damping, rows):
     """Returns RF with RᵀR = (λI + M)⁻¹, R the inverse of the Cholesky factor.
 
     What is multiplied by R and then by Rᵀ keeps the digits that it loses in their product, where λI + M is nearly singular.
-    As `damped_inverse`, but that a damping below four epsilons of the trace is raised to them.
+    As `damped_inverse`, but that a damping below four epsilons of the trace is raised to them, and that the result is zero
+    where M is not finite.
 
     Args:
         matrix: tensor of shape `[..., k, k]` (M), float32 or float64. `k` is static on JAX.
@@ -80,12 +81,6 @@ def _damped_inverse_in_graph(matrix, damping):
     return ops.where(ops.isfinite(inverse[..., -1:, -1:]), inverse, identity / bound)
 
 
-def _damped_inverse_root_in_graph(matrix, damping):
-    damped, bound, identity = _damped(matrix, damping, 4)
-    root = _inverse_root(damped)
-    return ops.where(ops.isfinite(root[..., -1:, -1:]), root, identity / ops.sqrt(bound))
-
-
 def _damped(matrix, damping, floor):
     """Returns λI + M for a λ of at least `floor` times the trace's epsilon, what bounds its eigenvalues, and I."""
     dtype = keras.backend.standardize_dtype(matrix.dtype)
@@ -101,7 +96,7 @@ def _damped_inverse_torch(matrix, damping):
 def _damped_inverse_root_torch(matrix, damping, rows):
     # From the factor at once, which spares a product.
     solve = functools.partial(torch.linalg.solve_triangular, B=rows, upper=False)
-    return _from_factor_torch(matrix, damping, 4, solve, 0.5)
+    return _from_factor_torch(matrix, damping, 4, solve, 0.5).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _is_in_numbers_torch(matrix):
@@ -128,10 +123,19 @@ def _from_factor_torch(matrix, damping, floor, inverse_of, power):
     return torch.where(failed, inverse / (damping + bound) ** power, inverse)
 
 
-def _inverse_root_tensorflow(matrix):
-    factor = tf.linalg.cholesky(matrix)
+def _inverse_tensorflow(matrix):
     identity = tf.eye(tf.shape(matrix)[-1], batch_shape=tf.shape(matrix)[:-2], dtype=matrix.dtype)
-    return tf.linalg.triangular_solve(factor, identity)
+    root = tf.linalg.triangular_solve(tf.linalg.cholesky(matrix), identity)
+    return tf.matmul(root, root, transpose_a=True)
+
+
+def _damped_inverse_root_tensorflow(matrix, damping, rows):
+    damped, bound, identity = _damped(matrix, damping, 4)
+    factor = tf.linalg.cholesky(damped)
+    # Of a failed factor no entry is finite.
+    factor = tf.where(tf.math.is_finite(factor[..., -1:, -1:]), factor, tf.where(identity > 0, tf.sqrt(bound), 0.0))
+    # From the factor at once, which spares a product.
+    return tf.where(tf.math.is_finite(bound), tf.linalg.triangular_solve(factor, rows), 0.0)
 
 
 def gauss_jordan(matrix, is_root=False):
@@ -214,34 +218,35 @@ else:
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        _inverse_root = _inverse_root_tensorflow
-
-        def _inverse(matrix):
-            root = _inverse_root(matrix)
-            return tf.matmul(root, root, transpose_a=True)
+        _inverse = _inverse_tensorflow
 
         def _once_per_shape(function):
             traced = tf.function(function, autograph=False)
             return lambda *tensors: (function if tf.executing_eagerly() else traced)(*map(tf.convert_to_tensor, tensors))
+
+        _damped_inverse_root = _once_per_shape(_damped_inverse_root_tensorflow)
     else:
         import jax
 
         _inverse = gauss_jordan
-
-        def _inverse_root(matrix):
-            return gauss_jordan(matrix, is_root=True)
 
         def _once_per_shape(function):
             # Every device inverts by itself. Split over devices, the elimination would cross them for every pivot.
             jitted = jax.jit(function)
             return lambda matrix, damping: laid_out(jitted(laid_out(matrix), damping))
 
+        def _inverse_root_in_graph(matrix, damping):
+            damped, bound, identity = _damped(matrix, damping, 4)
+            root = gauss_jordan(damped, is_root=True)
+            return ops.where(ops.isfinite(root[..., -1:, -1:]), root, identity / ops.sqrt(bound))
+
+        _inverse_root_of = _once_per_shape(_inverse_root_in_graph)
+
+        def _damped_inverse_root(matrix, damping, rows):
+            return ops.nan_to_num(_inverse_root_of(matrix, damping) @ rows, nan=0.0, posinf=0.0, neginf=0.0)
+
     def _is_in_numbers(matrix):
         return False
 
     # Layers whose matrices have one shape share a trace.
     _damped_inverse = _once_per_shape(_damped_inverse_in_graph)
-    _inverse_root_of = _once_per_shape(_damped_inverse_root_in_graph)
-
-    def _damped_inverse_root(matrix, damping, rows):
-        return _inverse_root_of(matrix, damping) @ rows
