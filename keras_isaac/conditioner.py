@@ -30,6 +30,8 @@ from keras import ops
 
 from keras_isaac.inverse import damped_inverse, damped_inverse_root, damping_relative_to
 
+_GOLDEN = (5**0.5 - 1) / 2
+
 
 def conditioned_gradient(
     rows, output_gradient, damping, output_damping=None, *, max_rows=None, relative_damping=False, preserve_norm=False
@@ -132,7 +134,6 @@ def condition(gradient, rows, damping, num_rows=None, *, relative_damping=False,
         # Through the root, since the inverse itself would leave noise as long as the gradient along rows that are all but
         # dependent. Where FFᵀ is not finite, the gradient stays as it is; one that is not finite does so too.
         whitened = damped_inverse_root(gram, _summed_damping(gram, damping, rows, num_rows, relative_damping), rows)
-        whitened = ops.nan_to_num(whitened, nan=0.0, posinf=0.0, neginf=0.0)
         return gradient - _transpose(whitened) @ (whitened @ gradient)
 
     def many():
@@ -151,33 +152,32 @@ def with_norm_of(gradient, conditioned):
 
 def spread(rows, max_rows, axis=-2):
     """Returns at most `max_rows` of the rows along an axis, evenly spread over them; all for `None`."""
-    if max_rows is None:
+    num_rows = ops.shape(rows)[axis]
+    if max_rows is None or (isinstance(num_rows, int) and num_rows <= max_rows):
         return rows
-
-    def some():
-        return ops.take(rows, _spread_indices(ops.shape(rows)[axis], max_rows), axis=axis)
-
-    return _if_at_most(max_rows, rows, lambda: rows, some, axis)
+    return ops.take(rows, spread_indices(num_rows, max_rows), axis=axis)
 
 
-def _spread_indices(num_rows, max_rows):
-    """Returns `max_rows` indices below `num_rows`: one in each of as many equal strata.
+def spread_indices(num_rows, max_rows):
+    """Returns at most `max_rows` indices below `num_rows`, one in each of as many equal strata: of NumPy for an integer.
 
     Rows are samples by positions. A constant stride could meet the same position of every sample, so the place within the
     stratum moves by the golden ratio, which spreads it evenly.
     """
-    strata = np.arange(max_rows)
-    places = (strata + strata * 0.6180339887498949 % 1.0) / max_rows
     if isinstance(num_rows, int):
-        return (places * num_rows).astype("int32")
-    return ops.cast(ops.cast(places, "float64") * ops.cast(num_rows, "float64"), "int32")
+        strata = np.arange(min(num_rows, max_rows))
+        return ((strata + strata * _GOLDEN % 1.0) / len(strata) * num_rows).astype("int32")
+    num_rows = ops.cast(num_rows, "float64")
+    num_strata = ops.minimum(num_rows, max_rows)
+    strata = ops.arange(0, num_strata, dtype="float64")
+    return ops.cast((strata + strata * _GOLDEN % 1.0) / num_strata * num_rows, "int32")
 
 
-def _if_at_most(limit, rows, few, many, axis=-2):
+def _if_at_most(limit, rows, few, many):
     """Chooses between two computations by the number of rows: while tracing where it is known, else in the graph."""
-    if rows.shape[axis] is not None:
-        return few() if rows.shape[axis] <= limit else many()
-    return ops.cond(ops.shape(rows)[axis] <= limit, few, many)
+    if rows.shape[-2] is not None:
+        return few() if rows.shape[-2] <= limit else many()
+    return ops.cond(ops.shape(rows)[-2] <= limit, few, many)
 
 
 def _sample_side(rows, transposed, damping, relative_damping):

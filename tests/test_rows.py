@@ -95,16 +95,26 @@ def test_reduce_in_a_convolution(compiled):
 
 
 @each_mode
-@pytest.mark.parametrize("max_rows", [1, 7, 30, 64, 1000])
-@pytest.mark.parametrize("shape", [(8, 9, 8, 2), (100, 4, 4, 2)], ids=str)
-def test_max_rows_in_a_convolution(shape, max_rows, compiled):
-    layer, inputs, cotangent = layer_and_data(layers.Conv2D(3, 3, padding="same"), *shape)
+@pytest.mark.parametrize("max_rows", [1, 7, 30, 64, 1000, None])
+@pytest.mark.parametrize(
+    ("shape", "strides", "dilation_rate", "padding"),
+    [
+        ((8, 9, 8, 2), (1, 1), (1, 1), "same"),
+        ((100, 4, 4, 2), (1, 1), (1, 1), "same"),
+        ((8, 9, 8, 2), (3, 2), (1, 1), "same"),
+        ((8, 9, 8, 2), (1, 1), (2, 3), "valid"),
+    ],
+    ids=["few samples", "many", "strides", "dilated"],
+)
+def test_max_rows_in_a_convolution(shape, strides, dilation_rate, padding, max_rows, compiled):
+    layer = layers.Conv2D(3, 3, strides=strides, padding=padding, dilation_rate=dilation_rate)
+    layer, inputs, cotangent = layer_and_data(layer, *shape)
     conditioning = Conditioning(1.0, None, False, False, "expand", max_rows, False, lambda kernel: True, lambda: None)
-    options = ((3, 3), (1, 1), (1, 1), "same", conditioning)
+    options = ((3, 3), strides, dilation_rate, padding, conditioning)
     kept = to_numpy(jit(lambda x: patches(x, *options))(ops.convert_to_tensor(inputs)))
     every = {patch.tobytes() for patch in numpy_patches(layer, inputs)}
-    assert len(kept) <= max_rows
-    assert len(kept) >= min(max_rows, len(every)) / 3
+    assert len(kept) <= (max_rows or len(every))
+    assert len(kept) >= min(max_rows or len(every), len(every)) / 3
     assert {patch.astype("float32").tobytes() for patch in kept} <= every
     plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled, max_rows=max_rows)
     expected = oracle.condition(kept.reshape(-1, 18), plain.reshape(18, 3), 0.3)
