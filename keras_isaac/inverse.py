@@ -4,8 +4,6 @@
 end a run over one bad batch. Here rounding may leave a singular matrix indefinite, and the result is still a descent.
 """
 
-import functools
-
 import keras
 from keras import ops
 
@@ -14,6 +12,8 @@ from keras_isaac.replicas import laid_out
 # Rows eliminated at a time. Measured on JAX, 2 CPU cores: 32 is best or near it for matrices of 128 to 512 rows. Up to 64 rows
 # one at a time is as fast, and compiles in a third of the time.
 _BLOCK, _UNBLOCKED = 32, 64
+# Of so many rows, an inverse on PyTorch costs far more than a look whether it is the last one, and is not too large to keep.
+_SHARED = range(128, 1025)
 _EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52}
 # Stands in for a damping and a matrix that are both zero in float32.
 _TINY = 1e-37
@@ -90,13 +90,20 @@ def _damped(matrix, damping, floor):
 
 
 def _damped_inverse_torch(matrix, damping):
-    return _from_factor_torch(matrix, damping, 1 / matrix.shape[-1], torch.cholesky_inverse, 1)
+    inverse, floor = None, 1 / matrix.shape[-1]
+    if _is_in_numbers(matrix):
+        inverse = _inverse_if_definite(_damped_in_numbers(matrix, damping, floor))
+    return _from_factor_torch(matrix, damping, floor, torch.cholesky_inverse, 1) if inverse is None else inverse
 
 
 def _damped_inverse_root_torch(matrix, damping, rows):
-    # From the factor at once, which spares a product.
-    solve = functools.partial(torch.linalg.solve_triangular, B=rows, upper=False)
-    return _from_factor_torch(matrix, damping, 4, solve, 0.5).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    def solve(factor):
+        # From the factor at once, which spares a product.
+        return torch.linalg.solve_triangular(factor, rows, upper=False)
+
+    factor = _factor_if_definite(_damped_in_numbers(matrix, damping, 4)) if _is_in_numbers(matrix) else None
+    whitened = _from_factor_torch(matrix, damping, 4, solve, 0.5) if factor is None else solve(factor)
+    return whitened.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _is_in_numbers_torch(matrix):
@@ -105,18 +112,36 @@ def _is_in_numbers_torch(matrix):
     return is_plain and not (matrix.requires_grad or torch.compiler.is_compiling())
 
 
+def _damped_in_numbers(matrix, damping, floor):
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+    floor *= torch.finfo(matrix.dtype).eps * matrix.trace().item()
+    return torch.add(matrix, identity, alpha=max(float(damping), floor + _TINY))
+
+
+def _factor_if_definite(matrix):
+    factor, failed_at = torch.linalg.cholesky_ex(matrix)
+    return factor if failed_at.item() == 0 else None
+
+
+def _inverse_if_definite(matrix):
+    """Returns the inverse, or `None`. Layers that share their input, as query, key and value do, share its inverse."""
+    global _last
+    last_matrix, last_inverse = _last
+    if matrix.shape == last_matrix.shape and matrix.dtype == last_matrix.dtype and torch.equal(matrix, last_matrix):
+        return last_inverse
+    factor = _factor_if_definite(matrix)
+    inverse = None if factor is None else torch.cholesky_inverse(factor)
+    if matrix.shape[-1] in _SHARED:
+        _last = matrix, inverse
+    return inverse
+
+
 def _from_factor_torch(matrix, damping, floor, inverse_of, power):
-    size, dtype = matrix.shape[-1], matrix.dtype
-    floor *= torch.finfo(dtype).eps
-    identity = torch.eye(size, dtype=dtype, device=matrix.device)
-    if _is_in_numbers(matrix):
-        damped = torch.add(matrix, identity, alpha=max(float(damping), floor * matrix.trace().item() + _TINY))
-        factor, failed_at = torch.linalg.cholesky_ex(damped)
-        if failed_at.item() == 0:
-            return inverse_of(factor)
+    dtype = matrix.dtype
+    identity = torch.eye(matrix.shape[-1], dtype=dtype, device=matrix.device)
     damping, bound = torch.as_tensor(damping, dtype=dtype, device=matrix.device), trace(matrix)
     # The `_ex` form neither raises nor waits for the device.
-    damped = torch.addcmul(matrix, identity, torch.maximum(damping, bound * floor + _TINY))
+    damped = torch.addcmul(matrix, identity, torch.maximum(damping, bound * floor * torch.finfo(dtype).eps + _TINY))
     factor, failed_at = torch.linalg.cholesky_ex(damped)
     failed = (failed_at > 0)[..., None, None]
     inverse = inverse_of(torch.where(failed, identity, factor))
@@ -214,6 +239,7 @@ if keras.backend.backend() == "torch":
 
     _damped_inverse, _damped_inverse_root = _damped_inverse_torch, _damped_inverse_root_torch
     _is_in_numbers = _is_in_numbers_torch
+    _last = torch.empty(0, 0), None
 else:
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf

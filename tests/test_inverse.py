@@ -1,9 +1,11 @@
+import keras
 import numpy as np
 import pytest
-from harness import jit, to_numpy
+from harness import BACKEND, jit, paper_isaac, to_numpy
 from keras import ops
 from oracle import relative_error
 
+from keras_isaac import capture_inputs
 from keras_isaac.inverse import damped_inverse, damped_inverse_root, gauss_jordan
 
 # Keras 3.9's `slice` on PyTorch.
@@ -75,3 +77,23 @@ def test_of_nothing_is_nothing():
         assert actual.shape == (2, 0, 0)
     for actual in both_ways(damped_inverse_root, np.zeros((2, 0, 0)), 1.0, np.zeros((2, 0, 3))):
         assert actual.shape == (2, 0, 3)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="a compiler finds what is the same")
+def test_what_was_inverted_last_is_not_inverted_again(monkeypatch):
+    import torch
+
+    factored, cholesky_ex = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: factored.append(matrix) or cholesky_ex(matrix))
+    matrix = _positive_definite(128)
+    for damping, num_factored in ((0.1, 1), (0.1, 1), (0.2, 2), (0.1, 3)):
+        actual = to_numpy(damped_inverse(ops.convert_to_tensor(matrix), damping))
+        assert relative_error(actual, np.linalg.inv(matrix + damping * np.eye(128))) < 5e-6
+        assert len(factored) == num_factored
+    factored.clear()
+    inputs = keras.Input((40, 128))
+    model = capture_inputs(keras.Model(inputs, keras.layers.MultiHeadAttention(2, 64)(inputs, inputs)))
+    model.compile(optimizer=paper_isaac(), loss="mse")
+    model.train_on_batch(*np.random.default_rng(0).normal(size=(2, 4, 40, 128)).astype("float32"))
+    # One for query, key and value, and one for the output.
+    assert len(factored) == 2
