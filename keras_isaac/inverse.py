@@ -21,11 +21,8 @@ _TINY = 1e-37
 
 def trace(matrix):
     """Returns the sum of the diagonal of a matrix `[..., k, k]`, as `[..., 1, 1]`."""
-    if keras.backend.backend() == "torch":
-        return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    # A sum under a mask is fewer kernels than a diagonal taken out of its matrix.
-    on_diagonal = ops.eye(ops.shape(matrix)[-1], dtype=matrix.dtype) > 0
-    return ops.sum(ops.where(on_diagonal, matrix, 0.0), axis=(-2, -1), keepdims=True)
+    # `keras.ops.trace` reads the whole matrix on TensorFlow.
+    return _trace(matrix)[..., None, None]
 
 
 def damping_relative_to(matrix, damping, rank):
@@ -239,12 +236,16 @@ if keras.backend.backend() == "torch":
 
     _damped_inverse, _damped_inverse_root = _damped_inverse_torch, _damped_inverse_root_torch
     _is_in_numbers = _is_in_numbers_torch
+
+    def _trace(matrix):
+        return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+
     _last = torch.empty(0, 0), None
 else:
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        _inverse = _inverse_tensorflow
+        _trace, _inverse = tf.linalg.trace, _inverse_tensorflow
 
         def _once_per_shape(function):
             traced = tf.function(function, autograph=False)
@@ -255,6 +256,11 @@ else:
         import jax
 
         _inverse = gauss_jordan
+
+        def _trace(matrix):
+            # A strided slice: XLA would read the whole matrix for a sum under a mask.
+            size = matrix.shape[-1]
+            return ops.sum(ops.reshape(matrix, (*matrix.shape[:-2], size * size))[..., :: size + 1], axis=-1)
 
         def _once_per_shape(function):
             # Every device inverts by itself. Split over devices, the elimination would cross them for every pivot.
