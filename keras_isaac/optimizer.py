@@ -196,7 +196,8 @@ class ISAAC(keras.optimizers.Optimizer):
         stateless = keras.StatelessScope(state_mapping) if state_mapping else contextlib.nullcontext()
         output_damping = None
         with stateless:
-            damping = ops.convert_to_tensor(self.damping)
+            # Read once: on TensorFlow a variable stays one, and layers that share their input would not share its inverse.
+            damping = ops.stop_gradient(ops.convert_to_tensor(self.damping))
             if self.output_damping is not None:
                 output_damping = ops.convert_to_tensor(self.output_damping, "float32")
                 if not self.relative_damping:

@@ -5,7 +5,7 @@ from harness import BACKEND, jit, paper_isaac, to_numpy
 from keras import ops
 from oracle import relative_error
 
-from keras_isaac import capture_inputs
+from keras_isaac import ISAAC, capture_inputs
 from keras_isaac.inverse import damped_inverse, damped_inverse_root, gauss_jordan
 
 # Keras 3.9's `slice` on PyTorch.
@@ -23,7 +23,7 @@ def both_ways(function, *arrays):
     return [to_numpy(way(*tensors)) for way in (function, jit(function))]
 
 
-@pytest.mark.parametrize("shape", [(1,), (2,), (31,), (32,), (64,), (65,), (100,), (3, 5), (2, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2,), (31,), (48,), (49,), (64,), (65,), (100,), (3, 5), (2, 60), (2, 70)], ids=str)
 def test_is_the_inverse(shape):
     matrix = _positive_definite(*shape)
     for actual in both_ways(gauss_jordan, matrix):
@@ -36,7 +36,7 @@ def test_is_the_inverse(shape):
         assert relative_error(actual, expected) < 5e-6
 
 
-@pytest.mark.parametrize("size", [3, 70])
+@pytest.mark.parametrize("size", [3, 60, 70])
 @pytest.mark.parametrize("bad", ["negative", "indefinite", "singular", "infinite", "nan"])
 def test_indefinite_is_bounded_and_nan_stays_so_and_nothing_raises(size, bad):
     matrix = np.eye(size, dtype="float32")
@@ -97,3 +97,20 @@ def test_what_was_inverted_last_is_not_inverted_again(monkeypatch):
     model.train_on_batch(*np.random.default_rng(0).normal(size=(2, 4, 40, 128)).astype("float32"))
     # One for query, key and value, and one for the output.
     assert len(factored) == 2
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="its optimized graph")
+def test_layers_that_share_their_input_share_its_inverse_in_a_graph():
+    """TensorFlow computes the same thing once, if it is the same down to the read of the damping."""
+    from tensorflow.python.eager import context
+
+    inputs = keras.Input((5, 8))
+    model = capture_inputs(keras.Model(inputs, keras.layers.MultiHeadAttention(2, 4)(inputs, inputs)))
+    model.compile(optimizer=ISAAC(), loss="mse")
+    context.enable_graph_collection()
+    model.train_on_batch(*np.random.default_rng(0).normal(size=(2, 4, 5, 8)).astype("float32"))
+    metadata = context.export_run_metadata()
+    context.disable_graph_collection()
+    graphs = [function.post_optimization_graph for function in metadata.function_graphs]
+    # One for query, key and value, and one for the output.
+    assert max(sum(node.op == "Cholesky" for node in graph.node) for graph in graphs) == 2
