@@ -47,7 +47,7 @@ METHODS = {
     "ISAAC": Method("sgd", {}, {}, (1.0,)),
     "ISAAC, norm": Method("sgd", {}, NORM, (0.1, 1.0)),
     "ISAAC + momentum, norm": Method("sgd", {"momentum": 0.9}, NORM, (1.0,)),
-    "ISAAC + AdamW": Method("adamw", {}, {}, (0.1, 1.0)),
+    "ISAAC + AdamW": Method("adamw", {}, {}, (0.01, 0.1, 1.0)),
     "ISAAC + AdamW, norm": Method("adamw", {}, NORM, (0.1, 1.0)),
     "ISAAC + AdamW, absolute": Method("adamw", {}, {"relative_damping": False}, (0.1, 1.0)),
     "ISAAC + AdamW, 256 rows": Method("adamw", {}, {"max_rows": 256}, (0.1, 1.0)),
@@ -64,10 +64,11 @@ BY_DEFAULT = {
     "an absolute damping": ("ISAAC + AdamW, absolute", 0.001, 1.0),
     "into SGD": ("ISAAC", 0.1, 1.0),
 }
-# Where no kernel is shared over positions, rows are not capped. K-FAC is of dense layers, and trains the paper's networks.
+# Where no kernel is shared over positions, rows are not capped, and a batch of text has as many as stand for all. K-FAC is of
+# dense layers, and trains the paper's networks.
 OF_POSITIONS = ("ISAAC + AdamW, 256 rows", "ISAAC + AdamW, all rows")
 LEFT_OUT = {"classifier": OF_POSITIONS, "autoencoder": OF_POSITIONS, "tabular": (*OF_POSITIONS, "K-FAC")}
-LEFT_OUT |= dict.fromkeys(("cnn", "transformer", "lora"), ("K-FAC",))
+LEFT_OUT |= {"cnn": ("K-FAC",)} | dict.fromkeys(("transformer", "lora"), (OF_POSITIONS[1], "K-FAC"))
 
 
 class Trainer:

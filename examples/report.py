@@ -17,6 +17,7 @@ from evidence import BY_DEFAULT, METHODS, NUM_CHECKS, RATES, RESULTS, SEEDS, bes
 REFERENCES = ("AdamW", "Muon")
 PICTURED = ("SGD", "AdamW", "Muon", "ISAAC, norm", "ISAAC + AdamW")
 TUNED = ("AdamW", "ISAAC + AdamW")
+SOONEST = ("ISAAC + AdamW", "ISAAC + Muon")
 
 
 def chosen(results, method):
@@ -124,7 +125,7 @@ def soonest(results, method, target):
     return min(parts, key=lambda each: each[0])
 
 
-def print_soonest(tasks, method="ISAAC + AdamW"):
+def print_soonest(tasks, method):
     """Prints how soon a method tuned for it is at the least loss of the references."""
     from rich.console import Console
     from rich.table import Table
@@ -136,6 +137,8 @@ def print_soonest(tasks, method="ISAAC + AdamW"):
         table.add_column("rate, damping", justify="right")
     for task in tasks:
         results, cells = load(task), [task]
+        if not chosen(results, method):
+            continue
         for reference in REFERENCES:
             found = chosen(results, reference)
             part, setting = soonest(results, method, min(curve(found[1]))) if found else (None, None)
@@ -207,7 +210,8 @@ def main():
     for task in tasks:
         print_table(task, load(task))
     print_defaults(tasks)
-    print_soonest(tasks)
+    for method in SOONEST:
+        print_soonest(tasks, method)
     save_pictures(tasks, arguments.pictures)
 
 
