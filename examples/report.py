@@ -97,19 +97,20 @@ def print_table(task, results):
     Console(width=150).print(table)
 
 
-def print_defaults(tasks):
+def print_defaults(tasks, what, loss_of):
     """Prints what comes of the optimizers without arguments, and of the best of their grids."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="training loss without arguments, and tuned (and of how many seeds)")
+    table = Table(title=f"{what} without arguments, and tuned (and of how many seeds)")
     for column in ("task", *BY_DEFAULT, *(f"{method}, tuned" for method in TUNED)):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task in tasks:
         results = load(task)
         settings = [*BY_DEFAULT.values(), *((method, *best(results, method)) for method in TUNED)]
         runs = [runs_of(results, *setting) for setting in settings]
-        table.add_row(task, *(f"{curve(each)[-1]:.3g} ({len(each)})" if each else "" for each in runs))
+        means = [statistics.geometric_mean(max(loss_of(run), 1e-12) for run in each) if each else None for each in runs]
+        table.add_row(task, *(f"{mean:.3g} ({len(each)})" if each else "" for mean, each in zip(means, runs, strict=True)))
     Console(width=150).print(table)
 
 
@@ -209,7 +210,8 @@ def main():
     tasks = [path.stem for path in sorted(RESULTS.glob("*.json"))]
     for task in tasks:
         print_table(task, load(task))
-    print_defaults(tasks)
+    print_defaults(tasks, "training loss", final_loss)
+    print_defaults(tasks, "held-out loss", lambda run: run["loss"])
     for method in SOONEST:
         print_soonest(tasks, method)
     save_pictures(tasks, arguments.pictures)
