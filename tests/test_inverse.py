@@ -23,7 +23,7 @@ def both_ways(function, *arrays):
     return [to_numpy(way(*tensors)) for way in (function, jit(function))]
 
 
-@pytest.mark.parametrize("shape", [(1,), (2,), (31,), (48,), (49,), (64,), (65,), (100,), (3, 5), (2, 60), (2, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2,), (31,), (32,), (64,), (65,), (100,), (3, 5), (2, 70)], ids=str)
 def test_is_the_inverse(shape):
     matrix = _positive_definite(*shape)
     for actual in both_ways(gauss_jordan, matrix):
@@ -36,7 +36,7 @@ def test_is_the_inverse(shape):
         assert relative_error(actual, expected) < 5e-6
 
 
-@pytest.mark.parametrize("size", [3, 60, 70])
+@pytest.mark.parametrize("size", [3, 70])
 @pytest.mark.parametrize("bad", ["negative", "indefinite", "singular", "infinite", "nan"])
 def test_indefinite_is_bounded_and_nan_stays_so_and_nothing_raises(size, bad):
     matrix = np.eye(size, dtype="float32")
