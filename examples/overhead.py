@@ -72,10 +72,13 @@ class Benchmark:
 
 def added_multiplications(rows, num_in, num_out, max_rows):
     """Gram matrix, inverse, and their products with the gradients, in the form that the conditioner takes."""
-    from keras_isaac.summary import added_multiplications, side_of
+    import keras
 
-    stand_ins = rows if max_rows is None else min(rows, max_rows)
-    return added_multiplications(side_of(rows, stand_ins, num_in, True), stand_ins, num_in, num_out)
+    from keras_isaac.curvature import plan
+    from keras_isaac.curvature.record import KernelCall
+
+    sampled = keras.KerasTensor((rows if max_rows is None else min(rows, max_rows), num_in))
+    return plan.added_multiplications(KernelCall((num_in, num_out), sampled, num_represented=rows, has_product=True))
 
 
 def dense(sizes, batch, tokens=None):

@@ -12,8 +12,8 @@ import weakref
 import keras
 
 from keras_isaac import scope
-from keras_isaac.calls import mask_of, with_mask
 from keras_isaac.layers import adapter_of, supported_kinds
+from keras_isaac.layers.calls import mask_of, with_mask
 from keras_isaac.optimizer import isaacs_in
 
 _IS_NNX = keras.backend.backend() == "jax" and getattr(keras.config, "is_nnx_enabled", bool)()

@@ -29,9 +29,7 @@ class Conditioning:
         per_replica: boolean, whether each replica's rows make a curvature of their own.
         trains: function of a kernel variable, whether this optimizer updates it.
         on_use: called without arguments whenever a layer conditions a kernel.
-        observe: function that takes the place of every conditioning, to see what it is about: of the kernel variable, a
-            function that conditions a matrix, the matrix, and what is known of its rows (see `watched`). It returns the matrix
-            to use. `None` in training.
+        record: function that is told of every `KernelCall`, after the kernel variable. `None` in training.
     """
 
     damping: Any
@@ -43,28 +41,23 @@ class Conditioning:
     per_replica: bool
     trains: Callable[[Any], bool]
     on_use: Callable[[], None]
-    observe: Callable[..., Any] | None = None
+    record: Callable[[Any, Any], None] | None = None
 
     def of_kernel(self, kernel):
-        """Returns this for one kernel, of which `observe` is told."""
-        return self if self.observe is None else dataclasses.replace(self, observe=functools.partial(self.observe, kernel))
+        """Returns this for one kernel, of which `record` is told."""
+        return self if self.record is None else dataclasses.replace(self, record=functools.partial(self.record, kernel))
 
-    def watched(self, condition, matrix, **known):
-        """Returns `condition(matrix)`, or what `observe` makes of it.
+    def note(self, call):
+        """Tells `record` of a `KernelCall`."""
+        if self.record is not None:
+            self.record(call)
 
-        Args:
-            condition: function that returns its argument, a tensor `[(groups,) in, out]`, with its gradient conditioned.
-            matrix: that tensor.
-            **known: `rows` and `num_rows` as in `representatives`, and `is_product`, whether the gradient of the rows' product
-                is at hand in training; for a table, tokens for `rows`, `frequency`, the share of each token, and
-                the `damping` beside it; or `output_rows`, if it is the outputs that `condition` is about.
-        """
-        return condition(matrix) if self.observe is None else self.observe(condition, matrix, **known)
-
-    @property
-    def options(self):
-        """What of it the conditioner takes by name."""
-        return {"relative_damping": self.relative_damping, "preserve_norm": self.preserve_norm}
+    def for_one_replica(self, num_replicas):
+        """Returns this for a layer whose replicas are groups, each with gradients of the mean over all of them."""
+        output_damping = self.output_damping
+        if output_damping is not None and not self.relative_damping:
+            output_damping = output_damping / num_replicas**2
+        return dataclasses.replace(self, per_replica=False, output_damping=output_damping)
 
 
 @contextlib.contextmanager

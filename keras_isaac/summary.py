@@ -13,6 +13,7 @@ import rich.table
 
 from keras_isaac import scope
 from keras_isaac.capture import captured_throughout, is_captured, walk
+from keras_isaac.curvature import plan
 from keras_isaac.layers import adapter_of
 from keras_isaac.optimizer import ISAAC, isaacs_in
 
@@ -32,8 +33,8 @@ class KernelStatus(NamedTuple):
         num_in: integer, the features of a row.
         num_out: integer, the features of its product.
         side: string, the form in which it is conditioned: `"sample"`, by an inverse `[rows, rows]`; `"Woodbury"`, by one of
-            `[stand_ins, stand_ins]`; `"feature"`, by one of `[num_in, num_in]`; `"diagonal"`, by a number for each token.
-        stand_ins: integer, how many rows stand for all of a call's.
+            `[num_sampled, num_sampled]`; `"feature"`, by one of `[num_in, num_in]`; `"diagonal"`, by a number for each token.
+        num_sampled: integer, how many rows stand for all of a call's.
         multiplications: integer, those of a plain training step: forward and, if it trains, two backward products.
         added: integer, the multiplications that conditioning adds.
     """
@@ -49,7 +50,7 @@ class KernelStatus(NamedTuple):
     num_in: int | None = None
     num_out: int | None = None
     side: str | None = None
-    stand_ins: int | None = None
+    num_sampled: int | None = None
     multiplications: int | None = None
     added: int | None = None
 
@@ -160,61 +161,38 @@ def summary(model, batch_size=None, inputs=None):
     if not isinstance(model, keras.Model):
         raise TypeError(f"`summary` takes a `keras.Model`. Received: model={model!r} (of type {type(model).__name__})")
     specs = _input_specs(model, batch_size, inputs)
-    # What stands for the rows, beside all of them.
-    used, whole = _meetings(model, specs), _meetings(model, specs, max_rows=None, weight_sharing="expand")
-    statuses = [
-        _with_arithmetic(status, used.get(kernel, []), whole.get(kernel, [])) for kernel, status in _statuses(model).items()
-    ]
+    calls = _kernel_calls(model, specs)
+    statuses = [_with_arithmetic(status, calls.get(kernel, [])) for kernel, status in _statuses(model).items()]
     _print(model, statuses, keras.tree.flatten(specs)[0].shape[0])
     return statuses
 
 
-class _Meeting(NamedTuple):
-    """What a kernel meets in one call of its layer."""
-
-    groups: int
-    rows: int
-    num_in: int
-    num_out: int
-    is_product: bool
-    is_table: bool
-    output_rows: list
-
-
-def _meetings(model, specs, **changes):
-    """Returns the list of meetings of each kernel, by its id, in a training step on inputs of these specs.
+def _kernel_calls(model, specs):
+    """Returns the list of `KernelCall`s of each kernel, by its id, in a training step on inputs of these specs.
 
     Nothing is computed but shapes. The layers tell by themselves, as they do in training; those that would not be conditioned
     too, as if they were.
     """
-    found = {}
+    calls = {}
 
-    def observe(kernel, condition, matrix, rows=None, num_rows=None, is_product=False, frequency=None, output_rows=None, **_):
-        meetings = found.setdefault(id(kernel), [])
-        if output_rows is None:
-            *groups, num_in, num_out = matrix.shape
-            num_rows = math.prod(rows.shape) if frequency is not None else rows.shape[-2]
-            meetings.append(_Meeting(math.prod(groups), num_rows, num_in, num_out, is_product, frequency is not None, []))
-        else:
-            meetings[-1].output_rows.append(output_rows.shape[-2])
-        return matrix
+    def record(kernel, call):
+        calls.setdefault(id(kernel), []).append(call)
 
     optimizer = getattr(model, "optimizer", None)
     asked = [isaac.conditioning_of_step(outer_optimizer=optimizer) for isaac in isaacs_in(optimizer)]
     others = dataclasses.replace((asked or [ISAAC().conditioning_of_step()])[0], trains=lambda kernel: True)
-    changes = {"observe": observe, "on_use": lambda: None, **changes}
 
     def step(inputs):
         # PyTorch tries twice, the first time without memory behind its tensors.
-        found.clear()
+        calls.clear()
         with contextlib.ExitStack() as stack:
             for conditioning in (others, *asked):
-                stack.enter_context(scope.opened(dataclasses.replace(conditioning, **changes)))
+                stack.enter_context(scope.opened(dataclasses.replace(conditioning, record=record, on_use=lambda: None)))
             return model(inputs, training=True)
 
     with captured_throughout(model):
         run_on_shapes(step, specs)
-    return found
+    return calls
 
 
 def run_on_shapes(function, specs):
@@ -267,56 +245,25 @@ def _own_inputs(model):
     return keras.tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:]), model.compute_dtype), shapes)
 
 
-def _with_arithmetic(status, used, whole):
-    """Returns the status, with what is known of the kernel's meetings: with the rows that are used, and with all rows."""
-    if not used:
+def _with_arithmetic(status, calls):
+    """Returns the status, with what is known of the kernel's calls."""
+    if not calls:
         # Nothing of a step goes through it, or nothing is known of its layer.
         return status if status.reason else status._replace(reason="not called in training")
-    first = whole[0]
-    plain = 0 if first.is_table else sum(math.prod(meeting[:4]) for meeting in whole) * (3 if status.trainable else 2)
+    first = calls[0]
+    products = [math.prod(call.shape) * call.num_represented for call in calls if call.frequency is None]
     status = status._replace(
-        calls=len(whole),
-        groups=first.groups,
-        rows=first.rows,
+        calls=len(calls),
+        groups=math.prod(first.shape[:-2]),
+        rows=first.num_represented,
         num_in=first.num_in,
         num_out=first.num_out,
-        multiplications=plain,
+        multiplications=sum(products) * (3 if status.trainable else 2),
     )
     if status.reason:
         return status._replace(added=0)
-    costs = [_cost(meeting, every.rows) for meeting, every in zip(used, whole, strict=True)]
-    added = sum(cost * meeting.groups for (_, _, cost), meeting in zip(costs, used, strict=True))
-    return status._replace(side=costs[0][0], stand_ins=costs[0][1], added=added)
-
-
-def _cost(meeting, num_rows):
-    """Returns the side, the rows used and the multiplications added in a group, `num_rows` being all of the rows."""
-    num_in, num_out, stand_ins = meeting.num_in, meeting.num_out, meeting.rows
-    if meeting.is_table:
-        # A division for each token of the vocabulary, a product for each that is met.
-        return "diagonal", num_rows, num_in + num_rows * num_out
-    side = side_of(num_rows, stand_ins, num_in, meeting.is_product)
-    added = added_multiplications(side, stand_ins, num_in, num_out)
-    for rows in meeting.output_rows:
-        output_side = side_of(num_rows, rows, num_out, meeting.is_product)
-        added += added_multiplications(output_side, rows, num_out, num_out if output_side == "sample" else num_in)
-    return side, stand_ins, added
-
-
-def side_of(num_rows, stand_ins, num_in, is_product):
-    """Returns the side on which `conditioner.py` conditions, `stand_ins` rows standing for `num_rows`."""
-    if is_product and stand_ins == num_rows <= num_in:
-        return "sample"
-    return "Woodbury" if stand_ins < num_in else "feature"
-
-
-def added_multiplications(side, rows, num_in, num_out):
-    """Returns the multiplications of `conditioner.py`: Gram matrix, inverse, and their products with the gradients."""
-    if side == "sample":
-        return rows**2 * num_in + rows**3 + rows**2 * min(num_in, num_out)
-    if side == "Woodbury":
-        return 2 * rows**2 * num_in + rows**3 + 2 * rows * num_in * num_out
-    return rows * num_in**2 + num_in**3 + num_in**2 * num_out
+    added = sum(plan.added_multiplications(call) for call in calls)
+    return status._replace(side=plan.choose(first), num_sampled=first.num_rows, added=added)
 
 
 def _print(model, statuses, batch_size):
@@ -364,9 +311,9 @@ def _size(status):
 def _side(status):
     if status.reason:
         return f"plain: {status.reason}"
-    if status.side == "diagonal" or status.stand_ins == status.rows:
+    if status.side == "diagonal" or status.num_sampled == status.rows:
         return status.side
-    return f"{status.side}\n{status.stand_ins:,} rows"
+    return f"{status.side}\n{status.num_sampled:,} rows"
 
 
 def _share(added, multiplications):

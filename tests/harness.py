@@ -6,7 +6,9 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
-from keras_isaac import ISAAC
+from keras_isaac import ISAAC, backend
+from keras_isaac.layers.calls import product
+from keras_isaac.scope import Conditioning
 
 BACKEND = keras.backend.backend()
 
@@ -29,6 +31,28 @@ def paper_isaac(*args, **options):
 def to_numpy(tensor):
     """Float64 NumPy array of a tensor or variable; sparse gradients dense."""
     return np.asarray(keras.ops.convert_to_numpy(tensor)).astype("float64")
+
+
+def conditioning(damping, output_damping=None, **options):
+    """What an optimizer asks of a layer: as the paper has it, unless told otherwise."""
+    options = {"relative_damping": False, "preserve_norm": False, "weight_sharing": "expand", "max_rows": None, **options}
+    return Conditioning(damping, output_damping, **options, per_replica=False, trains=lambda kernel: True, on_use=lambda: None)
+
+
+def conditioned_gradient(rows, output_gradient, damping, output_damping=None, *, dtype="float32", compiled=False, **options):
+    """The gradient of a kernel in the product of `rows` and it, given that of the product, in NumPy."""
+    rows, output_gradient = (keras.ops.convert_to_tensor(np.asarray(x, dtype)) for x in (rows, output_gradient))
+    dampings = [None if x is None else keras.ops.convert_to_tensor(np.float32(x)) for x in (damping, output_damping)]
+
+    def loss(kernel):
+        products = product(rows, kernel, conditioning(*dampings, **options), None, len(rows.shape) - 2)
+        return keras.ops.sum(products * output_gradient)
+
+    def gradient(kernel):
+        return backend.gradients_of(lambda tensors: (loss(*tensors), None), [kernel])[1][0]
+
+    kernel = keras.ops.zeros((*rows.shape[:-2], rows.shape[-1], output_gradient.shape[-1]), dtype)
+    return to_numpy((jit(gradient) if compiled else gradient)(kernel))
 
 
 def jit(function):

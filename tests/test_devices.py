@@ -14,12 +14,11 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import BACKEND, paper_isaac, to_numpy
+from harness import BACKEND, conditioned_gradient, paper_isaac, to_numpy
 from models import assert_close, assert_differ, fit, mlp, regression, sequence_network, sequences, weights
 
 from keras_isaac import capture_inputs
-from keras_isaac.conditioner import conditioned_gradient
-from keras_isaac.operations import conditioned_matmul
+from keras_isaac.layers.calls import product
 
 OPTIONS = {"learning_rate": 0.2, "damping": 0.05, "momentum": 0.9}
 NUM_STEPS, BATCH_SIZE = 6, 16
@@ -171,18 +170,17 @@ def jax_replicas_of_groups():
 
     random = np.random.default_rng(0)
     rows, kernel, cotangent = (random.normal(size=shape).astype("float32") for shape in ((2, 24, 5), (2, 5, 3), (2, 24, 3)))
-    dampings = np.float32([0.1, 1e-3])
-    conditioning = paper_isaac(damping=0.1, output_damping=1e-3, per_replica=True).conditioning_of_step()
+    conditioning = paper_isaac(damping=0.1, output_damping=1e-3, per_replica=True, max_rows=None).conditioning_of_step()
 
     def loss(kernel, rows, cotangent):
-        return keras.ops.sum(conditioned_matmul(rows, kernel, conditioning) * cotangent)
+        return keras.ops.sum(product(rows, kernel, conditioning, None, num_groups=1) * cotangent)
 
     try:
         jax.grad(loss)(kernel, rows[:, :6], cotangent[:, :6])
     except ValueError as error:
         message = str(error)
     parts = zip(np.split(rows, 4, axis=1), np.split(4 * cotangent, 4, axis=1), strict=True)
-    parts = [conditioned_gradient(*part, *dampings) for part in parts]
+    parts = [conditioned_gradient(*part, 0.1, 1e-3) for part in parts]
     return {
         "groups": to_numpy(jax.jit(jax.grad(loss))(kernel, rows, cotangent)).tolist(),
         "groups by parts": np.mean(parts, axis=0).tolist(),

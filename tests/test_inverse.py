@@ -5,8 +5,8 @@ from harness import BACKEND, jit, paper_isaac, to_numpy
 from keras import ops
 from oracle import relative_error
 
-from keras_isaac import ISAAC, capture_inputs
-from keras_isaac.inverse import damped_inverse, damped_inverse_root, gauss_jordan
+from keras_isaac import ISAAC, backend, capture_inputs
+from keras_isaac.backend.elimination import gauss_jordan
 
 # Keras 3.9's `slice` on PyTorch.
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
@@ -15,6 +15,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserW
 def _positive_definite(*shape, seed=0):
     factor = np.random.default_rng(seed).normal(size=(*shape, 2 * shape[-1]))
     return (factor @ np.swapaxes(factor, -2, -1) / shape[-1]).astype("float32")
+
+
+def damped_inverse(matrix, damping):
+    return backend.damped_inverse(matrix, backend.trace_of_gram(matrix, matrix), damping)
+
+
+def damped_inverse_root(matrix, damping, rows):
+    return backend.damped_inverse_root(matrix, backend.trace_of_gram(matrix, matrix), damping, rows)
 
 
 def both_ways(function, *arrays):

@@ -8,7 +8,7 @@ import pytest
 from harness import BACKEND, paper_isaac, to_numpy
 from models import assert_close, assert_differ, mlp, regression, sequence_network, sequences, weights
 
-from keras_isaac import capture_inputs
+from keras_isaac import ISAAC, capture_inputs
 
 pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="JAX lowers for other platforms")
 
@@ -64,29 +64,55 @@ def fits_step(model):
     return step, [[variable.value for variable in group] for group in groups]
 
 
+def products_by_precision(module):
+    """How many products of a lowered module ask for full precision, and how many leave it to the platform."""
+    products = [line for line in module.splitlines() if "stablehlo.dot_general" in line or "stablehlo.convolution" in line]
+    highest = sum("HIGHEST" in line for line in products)
+    return highest, len(products) - highest
+
+
 @pytest.mark.parametrize(
     ("make_step", "network"), [(loops_step, "dense"), (fits_step, "dense"), (fits_step, "images"), (fits_step, "sequences")]
 )
-def test_the_training_step_lowers_for_accelerators(make_step, network):
-    """In XLA's own operations, without a call that a platform might not know; and what is lowered is the step."""
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_training_step_lowers_for_accelerators(make_step, network, platform):
+    """By elimination in a loop on a CPU, by Cholesky elsewhere; and what the conditioner multiplies is in full precision."""
     import jax
     from jax import export
 
     make, data = NETWORKS[network]
-    model, (x, y) = capture_inputs(make()), data()
-    model.compile(optimizer=paper_isaac(inner_optimizer="adam", damping=0.1), loss="mse")
-    model.train_on_batch(x, y)
-    step, state = make_step(model)
-    exported = export.export(jax.jit(step), platforms=["cpu", "cuda", "tpu"])(state, x, y)
-    module = exported.mlir_module()
-    assert re.findall(r"custom_call @\w+", module) == []
-    # The elimination is a loop, of which a plain step has none.
-    assert "stablehlo.while" in module
-    lowered = [to_numpy(value) for value in exported.call(state, x, y)[0]]
-    before = weights(model)
-    model.train_on_batch(x, y)
-    assert_close(lowered, weights(model), 1e-5)
-    assert_differ(lowered, before)
+    x, y = data()
+    modules = []
+    for model, optimizer in (
+        (make(), keras.optimizers.Adam()),
+        (capture_inputs(make()), paper_isaac(inner_optimizer="adam", damping=0.1)),
+    ):
+        model.compile(optimizer=optimizer, loss="mse")
+        if make_step is fits_step or isinstance(optimizer, ISAAC):
+            model.train_on_batch(x, y)
+            step, state = make_step(model)
+            exported = export.export(jax.jit(step), platforms=[platform])(state, x, y)
+            modules.append(exported.mlir_module())
+    calls = set(re.findall(r"custom_call @(\w+)", modules[-1]))
+    if platform == "cpu":
+        # The elimination is a loop, of which a plain step has none.
+        assert calls == set()
+        assert "stablehlo.while" in modules[-1]
+        lowered = [to_numpy(value) for value in exported.call(state, x, y)[0]]
+        before = weights(model)
+        model.train_on_batch(x, y)
+        assert_close(lowered, weights(model), 1e-5)
+        assert_differ(lowered, before)
+    else:
+        assert "stablehlo.while" not in modules[-1]
+        assert len(calls) <= 2
+        assert all(re.fullmatch("cusolver_potrf_ffi|cublas_trsm_ffi|Cholesky", call) for call in calls)
+    if len(modules) == 2 and platform != "cpu":
+        highest, others = zip(*map(products_by_precision, modules), strict=True)
+        assert highest[0] == 0
+        assert highest[1] > 0
+        # The layer's own products are left as they are, and only those.
+        assert others[0] == others[1]
 
 
 def test_layers_that_share_their_input_share_its_inverse():

@@ -7,13 +7,12 @@ import numpy as np
 import oracle
 import pytest
 from cases import patches as numpy_patches
-from harness import jit, paper_isaac, run, to_numpy
+from harness import conditioning, jit, paper_isaac, run, to_numpy
 from keras import layers, ops
 from oracle import relative_error
 
 from keras_isaac import capture_inputs
-from keras_isaac.rows import patches, representatives
-from keras_isaac.scope import Conditioning
+from keras_isaac.curvature.rows import patches, sampled_rows
 
 each_mode = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 
@@ -51,10 +50,10 @@ def test_max_rows_in_a_sequence(max_rows, features, compiled):
 
 def test_rows_are_spread_over_samples_and_positions():
     positions = np.arange(64 * 16).reshape(64, 16, 1).astype("float32")
-    conditioning = Conditioning(1.0, None, False, False, "expand", 128, False, lambda kernel: True, lambda: None)
-    rows, num_rows = representatives(ops.convert_to_tensor(positions), conditioning)
-    chosen = to_numpy(rows).astype(int).ravel()
-    assert num_rows is None
+    rows = sampled_rows(ops.convert_to_tensor(positions), conditioning(1.0, max_rows=128))
+    chosen = to_numpy(rows.values).astype(int).ravel()
+    assert rows.num_counted is None
+    assert rows.num_represented == 64 * 16
     assert len(set(chosen)) == 128
     # Every sample has its share, and no position of the sequence is favoured.
     np.testing.assert_array_equal(np.bincount(chosen // 16, minlength=64), 2)
@@ -109,9 +108,8 @@ def test_reduce_in_a_convolution(compiled):
 def test_max_rows_in_a_convolution(shape, strides, dilation_rate, padding, max_rows, compiled):
     layer = layers.Conv2D(3, 3, strides=strides, padding=padding, dilation_rate=dilation_rate)
     layer, inputs, cotangent = layer_and_data(layer, *shape)
-    conditioning = Conditioning(1.0, None, False, False, "expand", max_rows, False, lambda kernel: True, lambda: None)
-    options = ((3, 3), strides, dilation_rate, padding, conditioning)
-    kept = to_numpy(jit(lambda x: patches(x, *options))(ops.convert_to_tensor(inputs)))
+    options = ((3, 3), strides, dilation_rate, padding, conditioning(1.0, max_rows=max_rows))
+    kept = to_numpy(jit(lambda x: patches(x, *options).values)(ops.convert_to_tensor(inputs)))
     every = {patch.tobytes() for patch in numpy_patches(layer, inputs)}
     assert len(kept) <= (max_rows or len(every))
     assert len(kept) >= min(max_rows or len(every), len(every)) / 3
@@ -123,8 +121,8 @@ def test_max_rows_in_a_convolution(shape, strides, dilation_rate, padding, max_r
 
 def test_kept_patches_of_a_convolution_are_on_an_even_grid():
     image = np.stack(np.meshgrid(np.arange(12), np.arange(12), indexing="ij"), -1).astype("float32")
-    conditioning = Conditioning(1.0, None, False, False, "expand", 4 * 16, False, lambda kernel: True, lambda: None)
-    kept = to_numpy(patches(ops.convert_to_tensor(np.stack([image] * 4)), (1, 1), (1, 1), (1, 1), "valid", conditioning))
+    images = ops.convert_to_tensor(np.stack([image] * 4))
+    kept = to_numpy(patches(images, (1, 1), (1, 1), (1, 1), "valid", conditioning(1.0, max_rows=4 * 16)).values)
     grid = {tuple(place) for place in kept.reshape(-1, 2).astype(int)}
     assert grid == set(itertools.product([1, 4, 7, 10], repeat=2))
 

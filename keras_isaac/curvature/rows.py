@@ -1,63 +1,107 @@
 """The rows that stand for a layer's inputs: all positions, a part of them, or their means; patches of images.
 
-Inputs here are `[samples, *positions, features]`; rows are `[..., rows, features]`, leading axes being groups. A function that
-may leave out masked positions returns the rows, zero where masked, and how many of them count (`None`: all).
+Inputs here are `[*groups, samples, *positions, features]`; rows are `[*groups, rows, features]`.
 """
 
 import functools
 import itertools
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
 
-from keras_isaac.conditioner import spread, spread_indices
+from keras_isaac import backend
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 
-def representatives(inputs, conditioning, mask=None, num_groups=0, summed=False):
-    """Returns the rows that stand for `inputs`, and how many count.
+class Rows(NamedTuple):
+    """Rows that stand for a layer's inputs.
+
+    Args:
+        values: tensor `[*groups, rows, in]`, zero where masked.
+        num_counted: tensor that broadcasts to `[*groups, 1, 1]`, how many of them count, or `None` for all.
+        num_represented: integer, how many rows they stand for, or `None` where tracing leaves it open.
+    """
+
+    values: Any
+    num_counted: Any = None
+    num_represented: int | None = None
+
+
+def sampled_rows(inputs, conditioning, mask=None, num_groups=0, summed=False):
+    """Returns the `Rows` that stand for `inputs`.
 
     Args:
         inputs: tensor `[*groups, samples, *positions, features]`.
         conditioning: the `Conditioning` in force, for `weight_sharing` and `max_rows`.
-        mask: tensor `[samples, *positions]`, true where a position counts, or `None`.
+        mask: tensor `[samples, *positions]`, with the groups in front or without, true where a position counts, or `None`.
         num_groups: how many leading axes are groups.
         summed: boolean, whether to reduce a sample to the sum of its positions instead of their mean, as gradients are.
-
-    Returns:
-        Rows `[*groups, rows, features]`, and a scalar tensor or `None`.
     """
     shape = ops.shape(inputs)
     groups, samples, num_features = shape[:num_groups], shape[num_groups], shape[-1]
-    if len(shape) == num_groups + 2:
-        if mask is None:
-            return inputs, None
-        mask = ops.cast(mask, inputs.dtype)
-        return inputs * mask[:, None], ops.sum(mask)
+    sizes = inputs.shape[num_groups:-1]
+    num_represented = None if None in sizes else math.prod(sizes)
     # No size is left for `reshape` to find, which it could not in an empty batch.
     positions = math.prod(shape[num_groups + 1 : -1])
-    inputs = ops.reshape(inputs, (*groups, samples, positions, num_features))
     if mask is not None:
-        mask = ops.cast(ops.reshape(mask, (samples, positions, 1)), inputs.dtype)
-    if conditioning.weight_sharing == "reduce":
+        mask_groups = groups if len(mask.shape) == len(inputs.shape) - 1 else ()
+        # In float32: a bfloat16 cannot count to a thousand.
+        mask = ops.cast(ops.reshape(mask, (*mask_groups, samples, positions, 1)), "float32")
+    if conditioning.weight_sharing == "reduce" and len(inputs.shape) > num_groups + 2:
+        inputs = ops.reshape(inputs, (*groups, samples, positions, num_features))
         if mask is None:
-            reduced = ops.sum(inputs, axis=-2) if summed else ops.mean(inputs, axis=-2)
-            return spread(reduced, conditioning.max_rows), None
-        lengths = ops.sum(mask, axis=-2)
-        reduced = ops.sum(inputs * mask, axis=-2)
-        if not summed:
-            reduced = reduced / ops.where(lengths == 0, ops.ones_like(lengths), lengths)
-        counts = spread(ops.cast(lengths > 0, reduced.dtype), conditioning.max_rows)
-        return spread(reduced, conditioning.max_rows), ops.sum(counts)
-    rows = spread(ops.reshape(inputs, (*groups, samples * positions, num_features)), conditioning.max_rows)
+            rows = ops.sum(inputs, axis=-2) if summed else ops.mean(inputs, axis=-2)
+        else:
+            lengths = ops.sum(mask, axis=-2)
+            rows = ops.sum(inputs * ops.cast(mask, inputs.dtype), axis=-2)
+            rows = rows if summed else rows / ops.cast(ops.maximum(lengths, 1), rows.dtype)
+            mask = ops.cast(lengths > 0, "float32")
+        max_rows = conditioning.max_rows
+    else:
+        rows = ops.reshape(inputs, (*groups, samples * positions, num_features)) if len(shape) > num_groups + 2 else inputs
+        mask = None if mask is None else ops.reshape(mask, (*mask_groups, samples * positions, 1))
+        # Without positions that share a kernel, all rows count.
+        max_rows = conditioning.max_rows if len(shape) > num_groups + 2 else None
+    rows = spread(rows, max_rows)
     if mask is None:
-        return rows, None
-    mask = spread(ops.reshape(mask, (-1, 1)), conditioning.max_rows)
-    return rows * mask, ops.sum(mask)
+        return Rows(rows, None, num_represented)
+    mask = spread(mask, max_rows)
+    return Rows(rows * ops.cast(mask, rows.dtype), ops.sum(mask, axis=(-2, -1), keepdims=True), num_represented)
+
+
+def spread(rows, max_rows, axis=-2):
+    """Returns at most `max_rows` of the rows along an axis, evenly spread over them; all for `None`."""
+    num_rows = ops.shape(rows)[axis]
+    if max_rows is None or (isinstance(num_rows, int) and num_rows <= max_rows):
+        return rows
+    return ops.take(rows, _as_index(spread_indices(num_rows, max_rows)), axis=axis)
+
+
+def _as_index(index):
+    # Kept on the device by PyTorch, which would copy it there in every step.
+    return backend.constant(index) if isinstance(index, np.ndarray) else index
+
+
+def spread_indices(num_rows, max_rows):
+    """Returns at most `max_rows` indices below `num_rows`, one in each of as many equal strata: of NumPy for an integer.
+
+    Rows are samples by positions. A constant stride could meet the same position of every sample, so the place within the
+    stratum moves by the golden ratio, which spreads it evenly.
+    """
+    if isinstance(num_rows, int):
+        strata = np.arange(min(num_rows, max_rows))
+        return ((strata + strata * _GOLDEN % 1.0) / len(strata) * num_rows).astype("int32")
+    num_rows = ops.cast(num_rows, "float64")
+    num_strata = ops.minimum(num_rows, max_rows)
+    strata = ops.arange(0, num_strata, dtype="float64")
+    return ops.cast((strata + strata * _GOLDEN % 1.0) / num_strata * num_rows, "int32")
 
 
 def patches(inputs, kernel_size, strides, dilation_rate, padding, conditioning):
-    """Returns the patches of channels-last `inputs` that a convolution multiplies, `[rows, *kernel positions, channels]`.
+    """Returns the patches of channels-last `inputs` that a convolution multiplies, as `Rows` `[rows, positions, channels]`.
 
     Of more than `max_rows`, only those on a coarser grid of positions are ever formed.
 
@@ -70,7 +114,7 @@ def patches(inputs, kernel_size, strides, dilation_rate, padding, conditioning):
         conditioning: the `Conditioning` in force.
 
     Returns:
-        Tensor `[rows, prod(kernel_size), channels]`.
+        `Rows` of a tensor `[rows, prod(kernel_size), channels]`.
     """
     pads, outputs = [], []
     for length, size, stride, dilation in zip(inputs.shape[1:-1], kernel_size, strides, dilation_rate, strict=True):
@@ -86,9 +130,10 @@ def patches(inputs, kernel_size, strides, dilation_rate, padding, conditioning):
     offsets = tuple(
         itertools.product(*(range(0, size * each, each) for size, each in zip(kernel_size, dilation_rate, strict=True)))
     )
+    num_represented = None if inputs.shape[0] is None else inputs.shape[0] * math.prod(outputs)
     if conditioning.max_rows is not None and conditioning.weight_sharing == "expand":
         grid = (tuple(inputs.shape[1:-1]), tuple(pads), tuple(strides), tuple(outputs), offsets)
-        return _some_patches(inputs, grid, conditioning.max_rows)
+        return Rows(_some_patches(inputs, grid, conditioning.max_rows), None, num_represented)
     if any(map(any, pads)):
         inputs = ops.pad(inputs, [(0, 0), *pads, (0, 0)])
     slices = []
@@ -99,7 +144,7 @@ def patches(inputs, kernel_size, strides, dilation_rate, padding, conditioning):
     if conditioning.weight_sharing == "reduce":
         slices = [ops.mean(each, axis=tuple(range(1, len(each.shape) - 1))) for each in slices]
     stacked = ops.reshape(ops.stack(slices, axis=-2), (-1, len(slices), inputs.shape[-1]))
-    return spread(stacked, conditioning.max_rows, axis=0)
+    return Rows(spread(stacked, conditioning.max_rows, axis=0), None, num_represented)
 
 
 def _some_patches(inputs, grid, max_rows):
@@ -109,8 +154,8 @@ def _some_patches(inputs, grid, max_rows):
     index, is_inside = (_static_places if is_static else _places)(num_samples, grid, max_rows)
     pixels = ops.reshape(inputs, (num_samples * math.prod(grid[0]), inputs.shape[-1]))
     # Of no pixels, JAX would take no positions either.
-    rows = ops.reshape(ops.take(pixels, index, axis=0), (*ops.shape(index), inputs.shape[-1]))
-    return rows if is_inside is None else ops.where(is_inside[..., None], rows, ops.zeros((), rows.dtype))
+    rows = ops.reshape(ops.take(pixels, _as_index(index), axis=0), (*ops.shape(index), inputs.shape[-1]))
+    return rows if is_inside is None else ops.where(_as_index(is_inside)[..., None], rows, ops.zeros((), rows.dtype))
 
 
 def _places(num_samples, grid, max_rows):

@@ -1,10 +1,9 @@
-"""How embeddings read as rows times a kernel: adapters in the sense of `layers.py`."""
+"""How embeddings read as rows times a kernel."""
 
 import keras
 from keras import ops
 
-from keras_isaac.calls import as_dense, call_with, mask_of, product
-from keras_isaac.operations import scaled_gradient
+from keras_isaac.layers.calls import as_dense, call_with, conditioned_lookups, conditioned_table, mask_of, product
 
 
 class EmbeddingAdapter:
@@ -27,12 +26,12 @@ class EmbeddingAdapter:
             return inputs.with_flat_values(EmbeddingAdapter.call(layer, conditioning_of, inputs.flat_values))
         (kernel,) = EmbeddingAdapter.kernels(layer)
         conditioning = conditioning_of(kernel)
-        if layer.lora_enabled or conditioning.preserve_norm or conditioning.observe is not None:
+        if layer.lora_enabled or conditioning.preserve_norm:
             return call_with(layer, [(kernel, _conditioned_table(layer, kernel, conditioning, inputs))], inputs)
         # A row's gradient is the sum of its tokens' gradients. Scaling those keeps TensorFlow's gradient sparse.
-        scale = _token_scale(*_token_frequency(layer, conditioning, inputs))
         tokens = ops.cast(as_dense(inputs), "int32")
-        return scaled_gradient(keras.layers.Embedding.call(layer, inputs), ops.take(scale, tokens, axis=0)[..., None])
+        outputs = keras.layers.Embedding.call(layer, inputs)
+        return conditioned_lookups(outputs, tokens, kernel.shape, conditioning, *_token_frequency(layer, conditioning, tokens))
 
 
 class ReversibleEmbeddingAdapter:
@@ -68,13 +67,13 @@ class ReversibleEmbeddingAdapter:
         return logits
 
 
-def _token_frequency(layer, conditioning, inputs):
+def _token_frequency(layer, conditioning, tokens):
     """Returns how often each row of the table is met, `[input_dim]`, as a share, and the damping that stands beside it.
 
     Padding does not count if the layer masks it.
     """
     # Keras looks up what a sparse tensor leaves out as token 0.
-    tokens = ops.reshape(ops.cast(as_dense(inputs), "int32"), (-1,))
+    tokens = ops.reshape(tokens, (-1,))
     dtype = "float64" if layer.variable_dtype == "float64" else "float32"
     counted = ops.ones_like(tokens, dtype=dtype)
     if layer.mask_zero:
@@ -88,17 +87,8 @@ def _token_frequency(layer, conditioning, inputs):
     return frequency, damping
 
 
-def _token_scale(frequency, damping):
-    """Returns λ (λ + count/r)⁻¹ for every row of the table, `[input_dim]`."""
-    return damping / (damping + frequency)
-
-
 def _conditioned_table(layer, kernel, conditioning, inputs):
     """Returns the table with its gradient conditioned, as a dense one."""
-    frequency, damping = _token_frequency(layer, conditioning, inputs)
-    scale = _token_scale(frequency, damping)[:, None]
-
-    def condition(table):
-        return scaled_gradient(table, scale, conditioning.preserve_norm)
-
-    return conditioning.watched(condition, ops.convert_to_tensor(kernel), rows=inputs, frequency=frequency, damping=damping)
+    tokens = ops.cast(as_dense(inputs), "int32")
+    frequency, damping = _token_frequency(layer, conditioning, tokens)
+    return conditioned_table(ops.convert_to_tensor(kernel), tokens, conditioning, frequency, damping)

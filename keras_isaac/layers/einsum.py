@@ -1,12 +1,46 @@
-"""An einsum of inputs and a kernel, read as rows times matrices.
+"""How `EinsumDense` reads as rows times a kernel, by its equation.
 
-The labels of `EinsumDense`'s equation fall into four kinds: *groups* (in the inputs, the kernel and the output), *rows* (in the
-inputs and the output), *contracted* (in the inputs and the kernel) and *outputs* (in the kernel and the output).
+The labels of an equation fall into four kinds: *groups* (in the inputs, the kernel and the output), *rows* (in the inputs and
+the output), *contracted* (in the inputs and the kernel) and *outputs* (in the kernel and the output).
 """
 
+import functools
 import math
 
 from keras import ops
+
+from keras_isaac.curvature.rows import sampled_rows
+from keras_isaac.layers.calls import as_dense, bias_and_activation, call_with, conditioned, mask_of, product
+
+
+class EinsumDenseAdapter:
+    """`EinsumDense`: rows, groups, inputs and outputs of the kernel are read off the equation."""
+
+    @staticmethod
+    def kernels(layer):
+        """The kernel, or LoRA's first factor, if an axis of the inputs is contracted with it."""
+        equation = _equation(layer.equation)
+        if not equation.is_product:
+            return []
+        if not layer.lora_enabled:
+            return [layer.kernel]
+        # LoRA factors the last axis off the kernel, which must not be one that meets the inputs.
+        return [layer.lora_kernel_a] if equation.kernel[-1] in equation.outputs else []
+
+    @staticmethod
+    def call(layer, conditioning_of, inputs, training=None):
+        """`EinsumDense.call`."""
+        equation = _equation(layer.equation, len(inputs.shape))
+        (kernel,) = EinsumDenseAdapter.kernels(layer)
+        conditioning = conditioning_of(kernel)
+        value, mask = ops.convert_to_tensor(kernel), mask_of(inputs)
+        matrix, rows = equation.matrix_of(value), equation.rows_of(as_dense(inputs))
+        mask = None if mask is None else equation.mask_of(mask, inputs)
+        if layer.lora_enabled:
+            matrix = conditioned(matrix, conditioning, sampled_rows(rows, conditioning, mask, equation.num_groups))
+            return call_with(layer, [(kernel, equation.kernel_of(matrix, value.shape))], inputs, training=training)
+        products = product(rows, matrix, conditioning, mask, equation.num_groups)
+        return bias_and_activation(layer, equation.output_of(products, value.shape))
 
 
 class Equation:
@@ -52,16 +86,21 @@ class Equation:
         return ops.reshape(inputs, (*self._group_shape(shape), *rows, math.prod(shape[len(shape) - len(self.contracted) :])))
 
     def mask_of(self, mask, inputs):
-        """Returns a mask of the inputs' first axes as one of `*rows`, or `None` if one of those axes is no row."""
+        """Returns a mask of the inputs' first axes as one of `[(groups,) *rows]`, or `None` if one of them is neither."""
         labels = list(self.inputs[: len(mask.shape)])
-        if any(label not in self.rows for label in labels):
+        wanted = [*self.groups, *self.rows] if any(label in self.groups for label in labels) else self.rows
+        if any(label not in wanted for label in labels):
             return None
-        sizes = dict(zip(self.inputs, ops.shape(inputs), strict=True))
-        rest = [label for label in self.rows if label not in labels]
-        mask = ops.transpose(
-            ops.reshape(mask, (*ops.shape(mask), *(1 for _ in rest))), [(*labels, *rest).index(label) for label in self.rows]
-        )
-        return ops.broadcast_to(mask, [sizes[label] for label in self.rows])
+        shape = ops.shape(inputs)
+        sizes = dict(zip(self.inputs, shape, strict=True))
+        rest = [label for label in wanted if label not in labels]
+        mask = ops.reshape(mask, (*ops.shape(mask), *(1 for _ in rest)))
+        mask = ops.transpose(mask, [(*labels, *rest).index(label) for label in wanted])
+        mask = ops.broadcast_to(mask, [sizes[label] for label in wanted])
+        if wanted is self.rows:
+            return mask
+        rows = [sizes[label] for label in self.rows]
+        return ops.reshape(mask, (math.prod(sizes[label] for label in self.groups), *rows))
 
     def matrix_of(self, kernel):
         """Returns the kernel as `[(groups,) in, out]`."""
@@ -89,3 +128,7 @@ class Equation:
 
     def _group_shape(self, shape):
         return (math.prod(shape[: len(self.groups)]),) if self.groups else ()
+
+
+# Eager PyTorch reads a layer's equation in every step.
+_equation = functools.lru_cache(maxsize=256)(Equation)

@@ -1,0 +1,58 @@
+"""What the backends do differently: one module each, all with the functions below.
+
+Products and inverses:
+
+- `matmul(a, b)`: a product of float32 or float64 in full precision, whatever the backend's default for products is.
+- `trace(matrix)`: the sum of the diagonal of `[..., k, k]`, as `[..., 1, 1]`.
+- `trace_of_gram(rows, gram)`: tr(M) for M = XXᵀ or XᵀX, as a number or as what broadcasts to `[..., 1, 1]`; so are dampings
+  below.
+- `relative_damping(damping, total, rank)`: δ tr(M)/rank, above zero.
+- `damped_projection(matrix, total, damping, rows)`: λ (λI + M)⁻¹ X, `total` being tr(M).
+- `damped_inverse(matrix, total, damping)`: (λI + M)⁻¹.
+- `damped_inverse_root(matrix, total, damping, rows)`: RF with RᵀR = (λI + M)⁻¹, R the inverse of the Cholesky factor.
+- `constant(array)`: a tensor of a NumPy array.
+
+No inverse raises. A damping below what the dtype resolves is raised to it: to the mean eigenvalue's epsilon in the inverse,
+to four epsilons of the trace in the root. Where M is numerically indefinite all the same, 1/(λ + tr M), a bound from below,
+takes the inverse's place: the step is then the plain gradient's, shortened. Where M overflows the result is zero. Where it is
+NaN, so is the result, but that of `damped_inverse_root` is zero.
+
+Derivatives:
+
+- `gate(kernel, twin, residuals, condition)`: the kernel; its gradient passes `condition(gradient, *residuals)`, a symmetric
+  linear map. A `twin`, a second tensor of the same value or `None`, gets the gradient as it comes.
+- `product(rows, kernel, twin, residuals, functions)`: `rows @ kernel`; see `ProductFunctions`.
+- `with_gradients(function, gradients, *tensors)`: `function(*tensors)`, with `gradients(output_gradients, *tensors)`, a
+  tuple, for its gradients. It need not be linear, and has no forward mode.
+
+Measuring:
+
+- `gradients_of(function, tensors)`: what `function` returns beside a loss, and the loss's gradients.
+- `compiled(measure, variables)`: `measure(data, values)` as a function of the data, the present values of the variables given.
+"""
+
+import importlib
+
+import keras
+
+if keras.backend.backend() not in ("jax", "tensorflow", "torch"):
+    raise ImportError(
+        "`keras_isaac` trains on JAX, PyTorch and TensorFlow. Set the environment variable KERAS_BACKEND to jax, torch or "
+        f"tensorflow before Keras is imported. Received: the backend {keras.backend.backend()}"
+    )
+
+_backend = importlib.import_module(f"keras_isaac.backend.{keras.backend.backend()}")
+
+compiled = _backend.compiled
+constant = _backend.constant
+damped_inverse = _backend.damped_inverse
+damped_inverse_root = _backend.damped_inverse_root
+damped_projection = _backend.damped_projection
+gate = _backend.gate
+gradients_of = _backend.gradients_of
+matmul = _backend.matmul
+product = _backend.product
+relative_damping = _backend.relative_damping
+trace = _backend.trace
+trace_of_gram = _backend.trace_of_gram
+with_gradients = _backend.with_gradients

@@ -1,0 +1,184 @@
+"""JAX: custom derivatives in both directions, and an inverse for every device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from keras_isaac.backend.elimination import gauss_jordan
+from keras_isaac.backend.layout import laid_out
+
+# Stands in for a damping and a matrix that are both zero in float32.
+_TINY = 1e-37
+
+constant = jnp.asarray
+
+
+def matmul(a, b):
+    """Returns `a @ b` in full precision: the default is bfloat16 on a TPU and TF32 on a GPU."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def trace(matrix):
+    """Returns the sum of the diagonal of `[..., k, k]`, as `[..., 1, 1]`."""
+    # A strided slice: XLA would read the whole matrix for a sum under a mask.
+    size = matrix.shape[-1]
+    diagonal = jnp.reshape(matrix, (*matrix.shape[:-2], size * size))[..., :: size + 1]
+    return jnp.sum(diagonal, axis=-1)[..., None, None]
+
+
+def trace_of_gram(rows, gram):
+    """Returns tr(XXᵀ) of rows `[..., r, n]`, given XXᵀ or XᵀX, as `[..., 1, 1]`."""
+    # On a GPU or a TPU the sum of the squares is fused with what reads the rows anyway; a slice is not.
+    return jax.lax.platform_dependent(
+        rows,
+        gram,
+        cpu=lambda rows, gram: trace(gram),
+        default=lambda rows, gram: jnp.sum(rows * rows, axis=(-2, -1), keepdims=True),
+    )
+
+
+def relative_damping(damping, total, rank):
+    """Returns δ tr(M)/rank, above zero."""
+    return jnp.clip(damping * total / rank, _TINY, 1 / _TINY)
+
+
+def damped_projection(matrix, total, damping, rows):
+    """Returns λ (λI + M)⁻¹ X for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
+    projected = matmul(damping * _unguarded_inverse(matrix, total, damping), rows)
+    # The guard costs least on what is multiplied on.
+    return jnp.where(jnp.isfinite(projected), projected, damping / (damping + total) * rows)
+
+
+def damped_inverse(matrix, total, damping):
+    """Returns (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total`."""
+    inverse = _unguarded_inverse(matrix, total, damping)
+    return jnp.where(jnp.isfinite(inverse), inverse, jnp.eye(matrix.shape[-1], dtype=matrix.dtype) / (damping + total))
+
+
+def damped_inverse_root(matrix, total, damping, rows):
+    """Returns RF with RᵀR = (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
+    if not matrix.shape[-1]:
+        return rows
+    whitened = _whitened(laid_out(matrix), total, damping, rows)
+    whitened = jnp.where(jnp.isfinite(whitened), whitened, rows / jnp.sqrt(damping + total))
+    return jnp.nan_to_num(whitened, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _unguarded_inverse(matrix, total, damping):
+    # Every device inverts by itself. Split over devices, an elimination would cross them for every pivot.
+    return laid_out(_inverse(laid_out(matrix), total, damping)) if matrix.shape[-1] else matrix
+
+
+# Layers whose matrices have one shape share a trace. Without a positive pivot, no entry is finite.
+@jax.jit
+def _inverse(matrix, total, damping):
+    damped = _damped(matrix, total, damping, 1 / matrix.shape[-1])
+    return jax.lax.platform_dependent(damped, cpu=gauss_jordan, default=_inverse_by_cholesky)
+
+
+@jax.jit
+def _whitened(matrix, total, damping, rows):
+    damped = _damped(matrix, total, damping, 4)
+    return jax.lax.platform_dependent(damped, rows, cpu=_whiten_by_elimination, default=_whiten_by_cholesky)
+
+
+def _damped(matrix, total, damping, floor):
+    """Returns λI + M for a λ of at least `floor` times the trace's epsilon."""
+    damping = jnp.maximum(damping, jnp.finfo(matrix.dtype).eps * floor * total + _TINY)
+    return matrix + damping * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+
+
+def _inverse_by_cholesky(matrix):
+    root = _whiten_by_cholesky(matrix, jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape))
+    return matmul(jnp.swapaxes(root, -2, -1), root)
+
+
+def _whiten_by_cholesky(matrix, rows):
+    factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+    return jax.lax.linalg.triangular_solve(factor, rows, left_side=True, lower=True)
+
+
+def _whiten_by_elimination(matrix, rows):
+    return matmul(gauss_jordan(matrix, is_root=True), rows)
+
+
+def gate(kernel, twin, residuals, condition):
+    """Returns `kernel`, whose tangent and gradient pass a symmetric linear map."""
+
+    @jax.custom_jvp
+    def identity(kernel, twin, residuals):
+        return kernel
+
+    @functools.partial(identity.defjvp, symbolic_zeros=True)
+    def _derivative(primals, tangents):
+        # The primal goes through the gate again: an outer derivative is taken of this function.
+        kernel_tangent, twin_tangent, _ = tangents
+        conditioned = None if _is_zero(kernel_tangent) else condition(kernel_tangent, *primals[2])
+        return identity(*primals), _sum_of(primals[0], conditioned, None if _is_zero(twin_tangent) else twin_tangent)
+
+    return identity(kernel, twin, jax.lax.stop_gradient(tuple(residuals)))
+
+
+def product(rows, kernel, twin, residuals, functions):
+    """Returns `rows @ kernel`, whose tangent is that of the plain product with P in front of the kernel's part."""
+
+    @jax.custom_jvp
+    def multiply(rows, kernel, twin, residuals):
+        return rows @ kernel
+
+    @functools.partial(multiply.defjvp, symbolic_zeros=True)
+    def _derivative(primals, tangents):
+        rows, kernel, twin, residuals = primals
+        rows_tangent, kernel_tangent, twin_tangent, _ = tangents
+        outputs, parts = multiply(*primals), []
+        if not _is_zero(rows_tangent):
+            # What reaches the kernel through the derivative of the inputs is conditioned too.
+            parts.append(rows_tangent @ functions.gate(kernel, twin, rows, *residuals))
+        if not _is_zero(kernel_tangent):
+            projected = functions.project(rows, *residuals)
+            parts.append(projected @ kernel_tangent.astype(projected.dtype))
+        if not _is_zero(twin_tangent):
+            parts.append(rows @ twin_tangent)
+        return outputs, _sum_of(outputs, *parts)
+
+    return multiply(rows, kernel, twin, jax.lax.stop_gradient(tuple(residuals)))
+
+
+def _is_zero(tangent):
+    return tangent is None or isinstance(tangent, SymbolicZero)
+
+
+def _sum_of(like, *tangents):
+    tangents = [each.astype(like.dtype) for each in tangents if each is not None]
+    return functools.reduce(jnp.add, tangents) if tangents else jnp.zeros_like(like)
+
+
+def with_gradients(function, gradients, *tensors):
+    """Returns `function(*tensors)`, with `gradients(output_gradients, *tensors)` for its gradients."""
+
+    @jax.custom_vjp
+    def call(*tensors):
+        return function(*tensors)
+
+    def forward(*tensors):
+        return call(*tensors), tensors
+
+    def backward(tensors, output_gradients):
+        return tuple(gradients(output_gradients, *tensors))
+
+    call.defvjp(forward, backward)
+    return call(*tensors)
+
+
+def gradients_of(function, tensors):
+    """Returns what `function` returns beside a loss, and the gradients of that loss."""
+    gradients, beside = jax.grad(function, has_aux=True)(tensors)
+    return beside, gradients
+
+
+def compiled(measure, variables):
+    """Returns `measure(data, values)` as a function of the data, with the present values of the variables."""
+    jitted = jax.jit(measure)
+    return lambda data: jitted(data, [variable.value for variable in variables])

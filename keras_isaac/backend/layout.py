@@ -1,0 +1,38 @@
+"""Where matrices lie under a `keras.distribution`, which is JAX's: one program over all devices, with one batch over them."""
+
+import contextlib
+import contextvars
+
+import keras
+
+# Whether the leading axis of a matrix is one of replicas now.
+_is_by_replica = contextvars.ContextVar("keras_isaac_is_by_replica", default=False)
+
+
+def num_replicas():
+    """Returns over how many replicas a batch is spread."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.batch_dim_name is None:
+        return 1
+    mesh = distribution.device_mesh
+    return mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]
+
+
+@contextlib.contextmanager
+def by_replica(is_by_replica=True):
+    """Says that the first axis of what is laid out in the `with` block is one of replicas."""
+    token = _is_by_replica.set(is_by_replica)
+    try:
+        yield
+    finally:
+        _is_by_replica.reset(token)
+
+
+def laid_out(tensor):
+    """Keeps `tensor` whole on every device, or where its first axis is one of replicas, each device's own there."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return tensor
+    first = distribution.batch_dim_name if _is_by_replica.get() else None
+    layout = keras.distribution.TensorLayout([first, *[None] * (len(tensor.shape) - 1)], distribution.device_mesh)
+    return keras.distribution.distribute_tensor(tensor, layout)

@@ -1,0 +1,159 @@
+"""TensorFlow: custom gradients of any order, and an inverse that does not raise."""
+
+import functools
+
+import tensorflow as tf
+
+from keras_isaac.backend.precision import parts_of, product_of_parts
+
+_TINY = 1e-37  # Stands in for a damping and a matrix that are both zero in float32.
+
+constant = tf.convert_to_tensor
+
+
+def matmul(a, b):
+    """Returns `a @ b` in full precision: the default is TF32 on a GPU and bfloat16 on a TPU."""
+    if a.dtype != tf.float32 or not _rounds_products():
+        return tf.matmul(a, b)
+    return product_of_parts(parts_of(a, _truncate), parts_of(b, _truncate), tf.matmul, tf.concat)
+
+
+def _rounds_products():
+    return _has("TPU") or (_has("GPU") and tf.config.experimental.tensor_float_32_execution_enabled())
+
+
+@functools.cache
+def _has(kind):
+    return bool(tf.config.list_logical_devices(kind))
+
+
+def _truncate(tensor, mask):
+    return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(tensor, tf.int32), mask), tf.float32)
+
+
+def trace(matrix):
+    """Returns the sum of the diagonal of `[..., k, k]`, as `[..., 1, 1]`."""
+    # `keras.ops.trace` reads the whole matrix.
+    return tf.linalg.trace(matrix)[..., None, None]
+
+
+def trace_of_gram(rows, gram):
+    """Returns tr(XXᵀ) of rows `[..., r, n]`, given XXᵀ or XᵀX, as `[..., 1, 1]`."""
+    return trace(gram)
+
+
+def relative_damping(damping, total, rank):
+    """Returns δ tr(M)/rank, above zero."""
+    return tf.clip_by_value(damping * total / tf.cast(rank, total.dtype), _TINY, 1 / _TINY)
+
+
+def _once_per_shape(function):
+    """Has layers whose matrices have one shape share a trace."""
+    traced = tf.function(function, autograph=False)
+    return lambda *tensors: (function if tf.executing_eagerly() else traced)(*tensors)
+
+
+def damped_projection(matrix, total, damping, rows):
+    """Returns λ (λI + M)⁻¹ X for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
+    return matmul(damping * damped_inverse(matrix, total, damping), rows)
+
+
+def damped_inverse(matrix, total, damping):
+    """Returns (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total`."""
+    return _damped_inverse(matrix, total, tf.convert_to_tensor(damping, matrix.dtype))
+
+
+def damped_inverse_root(matrix, total, damping, rows):
+    """Returns RF with RᵀR = (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
+    return _damped_inverse_root(matrix, total, tf.convert_to_tensor(damping, matrix.dtype), rows)
+
+
+@_once_per_shape
+def _damped_inverse(matrix, total, damping):
+    damped, identity = _damped(matrix, total, damping, 1 / tf.cast(tf.shape(matrix)[-1], matrix.dtype))
+    root = tf.linalg.triangular_solve(tf.linalg.cholesky(damped), tf.broadcast_to(identity, tf.shape(matrix)))
+    inverse = matmul(tf.linalg.matrix_transpose(root), root)
+    # Of a failed factor no entry is finite.
+    return tf.where(tf.math.is_finite(inverse[..., -1:, -1:]), inverse, identity / (damping + total))
+
+
+@_once_per_shape
+def _damped_inverse_root(matrix, total, damping, rows):
+    damped, identity = _damped(matrix, total, damping, 4)
+    factor, bound = tf.linalg.cholesky(damped), damping + total
+    factor = tf.where(tf.math.is_finite(factor[..., -1:, -1:]), factor, tf.where(identity > 0, tf.sqrt(bound), 0.0))
+    return tf.where(tf.math.is_finite(bound), tf.linalg.triangular_solve(factor, rows), 0.0)
+
+
+def _damped(matrix, total, damping, floor):
+    """Returns λI + M for a λ of at least `floor` times the trace's epsilon, and I."""
+    identity = tf.eye(tf.shape(matrix)[-1], dtype=matrix.dtype)
+    epsilon = matrix.dtype.as_numpy_dtype(2.0 ** (-52 if matrix.dtype == tf.float64 else -23))
+    return matrix + tf.maximum(damping, epsilon * floor * total + _TINY) * identity, identity
+
+
+def gate(kernel, twin, residuals, condition):
+    """Returns `kernel`, whose gradient passes a symmetric linear map."""
+
+    def gradients(output_gradient, kernel, twin):
+        return condition(output_gradient, *residuals), output_gradient
+
+    return with_gradients(lambda kernel, twin: tf.identity(kernel), gradients, kernel, twin)
+
+
+def product(rows, kernel, twin, residuals, functions):
+    """Returns `rows @ kernel`, whose kernel's gradient is conditioned."""
+
+    def gradients(output_gradient, rows, kernel, twin):
+        transposed = tf.linalg.matrix_transpose(rows)
+        # What reaches the kernel through the derivative of the inputs is conditioned too.
+        gated = functions.gate(kernel, twin, rows, *residuals)
+        return (
+            tf.matmul(output_gradient, gated, transpose_b=True),
+            functions.condition(rows, output_gradient, *residuals),
+            None if twin is None else tf.matmul(transposed, output_gradient),
+        )
+
+    def multiply(rows, kernel, twin):
+        # A `tf.autodiff.ForwardAccumulator` takes the tangent from here, and not from the gradients.
+        return tf.matmul(rows, functions.gate(kernel, twin, rows, *residuals))
+
+    return with_gradients(multiply, gradients, rows, kernel, twin)
+
+
+def with_gradients(function, gradients, *tensors):
+    """Returns `function(*tensors)`, with `gradients(output_gradients, *tensors)` for its gradients."""
+    given = [tensor is not None for tensor in tensors]
+
+    def completed(present):
+        present = iter(present)
+        return [next(present) if is_given else None for is_given in given]
+
+    @tf.custom_gradient
+    def call(*present):
+        def all_gradients(*output_gradients):
+            # The gradient of a table comes as a sparse one.
+            output_gradients = tuple(map(tf.convert_to_tensor, output_gradients))
+            output_gradients = output_gradients if len(output_gradients) > 1 else output_gradients[0]
+            results = gradients(output_gradients, *completed(present))
+            return tuple(result for result, is_given in zip(results, given, strict=True) if is_given)
+
+        return function(*completed(present)), all_gradients
+
+    # In eager mode a tensor may still be a variable, which `tf.custom_gradient` would not take for an argument.
+    return call(*(tf.convert_to_tensor(tensor) for tensor in tensors if tensor is not None))
+
+
+def gradients_of(function, tensors):
+    """Returns what `function` returns beside a loss, and the gradients of that loss."""
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(tensors)
+        loss, beside = function(tensors)
+    gradients = tape.gradient(loss, tensors, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    # A table has sparse ones.
+    return beside, [tf.convert_to_tensor(gradient) for gradient in gradients]
+
+
+def compiled(measure, variables):
+    """Returns `measure(data, values)` as a function of the data, with the present values of the variables."""
+    return tf.function(lambda data: measure(data, [variable.value for variable in variables]), autograph=False)

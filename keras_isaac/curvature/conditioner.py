@@ -1,0 +1,147 @@
+"""The equations of the paper on matrices: one function a form. It knows no layers and takes no derivatives.
+
+*ISAAC Newton: Input-based Approximate Curvature for Newton's Method*, Petersen et al., ICLR 2023 (arXiv 2305.00604).
+With X the input rows of a layer `[..., rows, in]`, G the gradient with respect to its output `[..., rows, out]` and
+∇ = XᵀG the gradient of its kernel `[..., in, out]`, the conditioned gradient is
+
+    ζ* = λ (λI + XᵀX/r)⁻¹ ∇      (r rows; λ is the damping, λ_a in the paper)
+
+and, by the push-through identity, ζ* = (P X)ᵀ G with P = λ (λI + XXᵀ/r)⁻¹. Leading axes are independent groups.
+
+With a finite output damping (λ_g in the paper, Remark 4) the other side is conditioned alike, by the empirical Fisher matrix:
+
+    ζ = ζ* μ (μI + GᵀG/r)⁻¹      (μ = λ_g/r², since rG are the gradients of the rows' own losses under a mean loss)
+
+A relative damping is in units of the mean eigenvalue, tr(XᵀX) / (r min(r, in)), so that the scale of the inputs cancels: it
+multiplies the mean of the diagonal of whichever matrix is inverted.
+
+All is computed in float32, or in float64 for float64 rows, and in full precision. Nothing raises: where rows or gradients are
+not finite, neither is the result.
+"""
+
+import keras
+from keras import ops
+
+from keras_isaac.backend import (
+    damped_inverse,
+    damped_inverse_root,
+    damped_projection,
+    matmul,
+    relative_damping,
+    trace_of_gram,
+)
+
+
+def projected_rows(rows, damping, is_relative=False):
+    """Returns P X, which takes the place of X in the kernel's gradient `XᵀG`: the sample side.
+
+    Args:
+        rows: tensor `[..., rows, in]` (X).
+        damping: scalar tensor (λ). Below what the dtype can resolve it is raised inside the inverse, so that a vanishing
+            damping tends to the pseudo-inverse.
+        is_relative: boolean, whether the damping is in units of the mean eigenvalue.
+
+    Returns:
+        Tensor `[..., rows, in]`, float32 or float64. Where XXᵀ overflows (rows beyond 1e18), it vanishes.
+    """
+    rows, damping = in_full_precision(rows, damping)
+    # The curvature is a constant of the step: no derivative is taken of it.
+    constant_rows = ops.stop_gradient(rows)
+    gram = matmul(constant_rows, _transpose(constant_rows))
+    total = trace_of_gram(constant_rows, gram)
+    # The authors form P as `I - M (λI + M)⁻¹`, which is the same matrix, but loses its digits as λ falls.
+    return damped_projection(gram, total, _summed_damping(total, damping, rows, None, is_relative), rows)
+
+
+def condition(gradient, rows, damping, num_rows=None, is_relative=False):
+    """Returns λ (λI + FᵀF/s)⁻¹ ∇, a finished gradient conditioned on rows: by the Woodbury form, or on the feature side.
+
+    Linear and symmetric in the gradient.
+
+    Args:
+        gradient: tensor `[..., in, out]` (∇).
+        rows: tensor `[..., rows, in]` (F).
+        damping: scalar tensor (λ).
+        num_rows: tensor that broadcasts to `[..., 1, 1]`, how many of the rows count (s), where others are zero. Defaults to
+            `None`: all count.
+        is_relative: boolean, whether the damping is in units of the mean eigenvalue.
+
+    Returns:
+        Tensor `[..., in, out]` of the gradient's dtype.
+    """
+    dtype = gradient.dtype
+    rows, gradient, damping = in_full_precision(rows, gradient, damping)
+    if num_rows is not None:
+        num_rows = ops.maximum(ops.cast(num_rows, rows.dtype), 1)
+    arguments = (gradient, ops.stop_gradient(rows), damping, num_rows, is_relative)
+    result = if_at_most(rows.shape[-1] - 1, rows, lambda: _woodbury(*arguments), lambda: _feature_side(*arguments))
+    return cast(result, dtype)
+
+
+def _woodbury(gradient, rows, damping, num_rows, is_relative):
+    """Returns ∇ - (RF)ᵀ RF∇ with RᵀR = (sλI + FFᵀ)⁻¹, for few rows."""
+    # Subtracts two nearly equal terms, so it is inaccurate where λ shrinks the gradient below float precision.
+    gram = matmul(rows, _transpose(rows))
+    # The root keeps the digits that the inverse loses where rows all but depend on each other: the inverse itself would leave
+    # noise as long as the gradient. Where FFᵀ is not finite, the gradient stays as it is; one that is not finite does so too.
+    total = trace_of_gram(rows, gram)
+    whitened = damped_inverse_root(gram, total, _summed_damping(total, damping, rows, num_rows, is_relative), rows)
+    return gradient - matmul(_transpose(whitened), matmul(whitened, gradient))
+
+
+def _feature_side(gradient, rows, damping, num_rows, is_relative):
+    """Returns sλ (sλI + FᵀF)⁻¹ ∇, for many rows."""
+    gram = matmul(_transpose(rows), rows)
+    total = trace_of_gram(rows, gram)
+    damping = _summed_damping(total, damping, rows, num_rows, is_relative)
+    return matmul(damping * damped_inverse(gram, total, damping), gradient)
+
+
+def condition_outputs(gradient, output_gradient, damping, num_rows=None, is_relative=False):
+    """Returns ∇ μ (μI + GᵀG/r)⁻¹: as `condition`, on the outputs' axis `[..., in, out]` by rows `[..., rows, out]`."""
+    return _transpose(condition(_transpose(gradient), output_gradient, damping, num_rows, is_relative))
+
+
+def with_norm_of(gradient, conditioned):
+    """Returns the conditioned gradient, as long as the gradient."""
+    dtype = conditioned.dtype
+    gradient, conditioned = in_full_precision(gradient, conditioned)
+    square, conditioned_square = ops.sum(gradient * gradient), ops.sum(conditioned * conditioned)
+    # Conditioning only shortens. The gradient stays as conditioned where nothing is left of either, and where a square
+    # overflows.
+    is_short = (conditioned_square > 0) & (conditioned_square < square) & (square < float("inf"))
+    return cast(conditioned * ops.sqrt(ops.where(is_short, square / conditioned_square, 1.0)), dtype)
+
+
+def if_at_most(limit, rows, few, many):
+    """Chooses between two computations by the number of rows: while tracing where it is known, else in the graph."""
+    if rows.shape[-2] is not None:
+        return few() if rows.shape[-2] <= limit else many()
+    return ops.cond(ops.shape(rows)[-2] <= limit, few, many)
+
+
+def _summed_damping(total, damping, rows, num_rows, is_relative):
+    """Returns the damping that stands beside a Gram matrix of the trace `total`, a sum over rows: λr, or δ tr(M)/rank."""
+    if num_rows is None:
+        num_rows = ops.cast(ops.shape(rows)[-2], rows.dtype) if rows.shape[-2] is None else rows.shape[-2]
+    if not is_relative:
+        return damping * num_rows
+    num_in = rows.shape[-1]
+    rank = min(num_rows, num_in) if isinstance(num_rows, int) else ops.minimum(num_rows, num_in)
+    return relative_damping(damping, total, rank)
+
+
+def in_full_precision(rows, *others):
+    """Returns the tensors in float64 if the first one is, and else in float32."""
+    dtype = "float64" if keras.backend.standardize_dtype(rows.dtype) == "float64" else "float32"
+    return [cast(tensor, dtype) for tensor in (rows, *others)]
+
+
+def cast(tensor, dtype):
+    """Returns a tensor in a dtype; eager PyTorch is spared the call where it has that already."""
+    is_cast = tensor.dtype == dtype or keras.backend.standardize_dtype(tensor.dtype) == dtype
+    return tensor if is_cast else ops.cast(tensor, dtype)
+
+
+def _transpose(matrix):
+    return ops.swapaxes(matrix, -2, -1)

@@ -1,0 +1,132 @@
+"""The operations that condition: each computes what the plain one does, and passes a kernel's gradient through the conditioner.
+
+Every path from a loss to a kernel, derivatives by the inputs included, goes through one of them exactly once. Without a twin
+and an output damping they are linear in the gradient, and have a forward mode.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from keras import ops
+
+from keras_isaac import backend
+from keras_isaac.curvature import conditioner
+from keras_isaac.curvature.rows import spread
+
+
+class ProductFunctions(NamedTuple):
+    """What `backend.product` does beside multiplying; each function ends with the residuals.
+
+    Args:
+        project: function of `rows`, which returns P X.
+        condition: function of `rows` and the gradient of their product, which returns the kernel's, conditioned.
+        gate: function of `kernel`, `twin` and `rows`, which returns the kernel with its gradient conditioned.
+    """
+
+    project: Callable
+    condition: Callable
+    gate: Callable
+
+
+def conditioned_kernel(kernel, twin, rows, damping, num_rows=None, *, is_relative=False):
+    """Returns `kernel`; its gradient is conditioned on `rows` when it is finished.
+
+    Args:
+        kernel: tensor `[..., in, out]`.
+        twin: tensor of the same value, which gets the plain gradient (see `twinned`), or `None`.
+        rows: tensor `[..., rows, in]`, the rows that stand for the layer's inputs; no gradient flows into them.
+        damping: scalar tensor.
+        num_rows: tensor that broadcasts to `[..., 1, 1]`, how many of the rows count, where others are zero. `None`: all count.
+        is_relative: boolean, whether the damping is in units of the mean eigenvalue.
+    """
+    residuals = (ops.stop_gradient(rows), damping, num_rows)
+    return backend.gate(kernel, twin, residuals, functools.partial(conditioner.condition, is_relative=is_relative))
+
+
+def conditioned_matmul(rows, kernel, twin, damping, *, is_relative=False, max_rows=None):
+    """Returns `rows @ kernel`; the gradient of `kernel` is conditioned on the sample side, where that is the smaller.
+
+    Args:
+        rows: tensor `[..., rows, in]`.
+        kernel: tensor `[..., in, out]`.
+        twin: as in `conditioned_kernel`.
+        damping: scalar tensor.
+        is_relative: boolean, whether the damping is in units of the mean eigenvalue.
+        max_rows: integer, how many rows at most stand for all where the other side is taken, or `None`.
+    """
+
+    def project(rows, damping):
+        return conditioner.projected_rows(rows, damping, is_relative)
+
+    def condition(rows, output_gradient, damping):
+        def few():
+            projected = project(rows, damping)
+            return conditioner.cast(
+                ops.swapaxes(projected, -2, -1) @ conditioner.cast(output_gradient, projected.dtype), kernel.dtype
+            )
+
+        def many():
+            gradient = ops.swapaxes(rows, -2, -1) @ output_gradient
+            return conditioner.condition(gradient, spread(rows, max_rows), damping, is_relative=is_relative)
+
+        num_in = rows.shape[-1]
+        return conditioner.if_at_most(num_in if max_rows is None else min(num_in, max_rows), rows, few, many)
+
+    def gate(kernel, twin, rows, damping):
+        return conditioned_kernel(kernel, twin, spread(rows, max_rows), damping, is_relative=is_relative)
+
+    return backend.product(rows, kernel, twin, (damping,), ProductFunctions(project, condition, gate))
+
+
+def twinned(kernel):
+    """Returns `kernel` twice; what comes back to it is the gradient of the first, as long as that of the second."""
+
+    def gradients(output_gradients, kernel):
+        conditioned, plain = output_gradients
+        return (conditioner.with_norm_of(plain, conditioned),)
+
+    return backend.with_gradients(lambda kernel: (kernel * 1, kernel * 1), gradients, kernel)
+
+
+def output_conditioned_kernel(kernel, carrier, damping, mask, rows_of, *, is_relative=False):
+    """Returns `kernel` and `carrier`; the kernel's gradient is conditioned on that of the layer's product.
+
+    Args:
+        kernel: tensor `[..., in, out]`.
+        carrier: tensor of zeros, which the caller adds to the layer's product, so that it gets the product's gradient.
+        damping: scalar tensor (λ_g).
+        mask: tensor, handed to `rows_of`, or `None`.
+        rows_of: function of the carrier's gradient and the mask, which returns `Rows` `[..., rows, out]`, and how many rows
+            there are before some stand for all.
+        is_relative: boolean, whether the damping is in units of the mean eigenvalue.
+    """
+
+    def gradients(output_gradients, kernel, carrier, damping, mask):
+        kernel_gradient, output_gradient = output_gradients
+        rows, total = rows_of(output_gradient, mask)
+        if not is_relative:
+            _, damping = conditioner.in_full_precision(kernel_gradient, damping)
+            total = ops.cast(total, damping.dtype)
+            if rows.num_counted is not None:
+                total = ops.cast(ops.maximum(rows.num_counted, 1), damping.dtype) * total / ops.shape(rows.values)[-2]
+            # The gradients of a mean over r rows are those of the rows' own losses, divided by r.
+            damping = damping / total / total
+        conditioned = conditioner.condition_outputs(kernel_gradient, rows.values, damping, rows.num_counted, is_relative)
+        return conditioned, None, None, None
+
+    def identity(kernel, carrier, damping, mask):
+        return kernel * 1, carrier * 1
+
+    return backend.with_gradients(identity, gradients, kernel, carrier, damping, mask)
+
+
+def scaled_gradient(tensor, twin, scale):
+    """Returns `tensor`; its gradient is multiplied by `scale`, which broadcasts to it."""
+
+    def condition(gradient, scale):
+        # In float32 or better: a small scale is zero in float16.
+        (full,) = conditioner.in_full_precision(gradient)
+        return conditioner.cast(full * conditioner.cast(scale, full.dtype), gradient.dtype)
+
+    return backend.gate(tensor, twin, (ops.stop_gradient(scale),), condition)

@@ -1,0 +1,270 @@
+"""What the adapters share: conditioned products and kernels, a layer's own call with other kernels, masks, biases."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_isaac.backend import layout
+from keras_isaac.curvature import operations, plan
+from keras_isaac.curvature.record import KernelCall
+from keras_isaac.curvature.rows import sampled_rows
+
+
+def call_with(layer, values, *args, **kwargs):
+    """Returns the layer's own `call`, with tensors in the place of some of its variables.
+
+    Args:
+        layer: the layer.
+        values: list of pairs of a variable and a tensor.
+        *args: arguments of `call`.
+        **kwargs: keyword arguments of `call`.
+    """
+    replaced = {id(variable): value for variable, value in values}
+    before = [(variable, replaced.get(id(variable), variable.value)) for variable in layer.variables]
+    with keras.StatelessScope(before, collect_losses=True) as stateless:
+        values = [stateless.get_current_value(variable) for variable in layer.variables]
+        outputs = type(layer).call(layer, *args, **kwargs)
+    # What the call did beside its result is the layer's to keep.
+    for variable, value in zip(layer.variables, values, strict=True):
+        after = stateless.get_current_value(variable)
+        if after is not value:
+            variable.assign(after)
+    for loss in stateless.losses:
+        layer.add_loss(loss)
+    return outputs
+
+
+def as_dense(inputs):
+    """Returns a tensor, dense if it was sparse."""
+    return ops.convert_to_tensor(inputs, sparse=False)
+
+
+class Outputs(NamedTuple):
+    """A layer's product, as the outputs' side conditions on its gradient.
+
+    Args:
+        shape: tuple, the shape of the product.
+        rows_of: function from the product to `[*groups, samples, *positions, out]`. Defaults to the identity.
+        mask: tensor `[samples, *positions]`, true where a position counts, or `None`.
+        num_groups: integer, how many leading axes of `rows_of` are groups.
+    """
+
+    shape: tuple
+    rows_of: Callable[[Any], Any] = lambda outputs: outputs
+    mask: Any = None
+    num_groups: int = 0
+
+
+def conditioned(matrix, conditioning, rows, outputs=None):
+    """Returns the kernel `[(groups,) in, out]` with its gradient conditioned on rows, once it is finished.
+
+    With `outputs`, it returns a carrier too, which the caller adds to the layer's product: `None` without an output damping.
+
+    Args:
+        matrix: tensor, the kernel.
+        conditioning: the `Conditioning` in force.
+        rows: `Rows` that stand for the layer's inputs.
+        outputs: `Outputs`, or `None` if only the inputs' side is to be conditioned.
+    """
+    call = _record(matrix, conditioning, rows, outputs, has_product=False)
+    kernel, twin, carrier = _with_twin_and_carrier(matrix, conditioning, outputs)
+    kernel = _conditioned_kernel(kernel, twin, conditioning, call)
+    return kernel if outputs is None else (kernel, carrier)
+
+
+def conditioned_table(table, tokens, conditioning, frequency, damping):
+    """Returns a table `[vocabulary, features]` with its gradient conditioned on one-hot rows.
+
+    Args:
+        table: tensor.
+        tokens: integer tensor, those that are looked up.
+        conditioning: the `Conditioning` in force.
+        frequency: tensor `[vocabulary]`, the share of each token.
+        damping: scalar tensor, as it stands beside the shares.
+    """
+    scale = _token_scale(table.shape, tokens, conditioning, frequency, damping)
+    table, twin = operations.twinned(table) if conditioning.preserve_norm else (table, None)
+    return operations.scaled_gradient(table, twin, scale[:, None])
+
+
+def conditioned_lookups(outputs, tokens, shape, conditioning, frequency, damping):
+    """Returns what was looked up in a table of a shape, with the gradient of each token's row conditioned.
+
+    See `conditioned_table`, which conditions the sum of a token's gradients.
+    """
+    scale = _token_scale(shape, tokens, conditioning, frequency, damping)
+    return operations.scaled_gradient(outputs, None, ops.take(scale, tokens, axis=0)[..., None])
+
+
+def _token_scale(shape, tokens, conditioning, frequency, damping):
+    """Returns λ (λ + count/r)⁻¹ for every row of the table, `[vocabulary]`."""
+    num_tokens = None if None in tokens.shape else math.prod(tokens.shape)
+    conditioning.note(KernelCall(tuple(shape), num_represented=num_tokens, frequency=frequency, damping=damping))
+    return damping / (damping + frequency)
+
+
+def product(inputs, kernel, conditioning, mask, num_groups=0):
+    """Returns `inputs @ kernel`, the kernel conditioned on the positions of the inputs.
+
+    Args:
+        inputs: tensor `[(groups,) samples, *positions, in]`.
+        kernel: tensor `[(groups,) in, out]`.
+        conditioning: the `Conditioning` in force.
+        mask: tensor `[(groups,) samples, *positions]`, with or without the groups, true where a position counts, or `None`.
+        num_groups: 1 if there is an axis of groups, else 0.
+    """
+    # What `matmul` promotes, the conditioned product is given: sparse inputs dense, integers in the kernel's dtype.
+    inputs = ops.cast(as_dense(inputs), kernel.dtype)
+    is_matrix = len(inputs.shape) == num_groups + 2
+    # Whether each row of the product counts by itself.
+    has_product = mask is None and (is_matrix or conditioning.weight_sharing == "expand")
+    if conditioning.per_replica and has_product and layout.num_replicas() > 1:
+        return _product_by_replica(inputs, kernel, conditioning, num_groups)
+    shape = ops.shape(inputs)
+    outputs_shape = (*shape[:-1], kernel.shape[-1])
+    outputs = Outputs(outputs_shape, mask=mask, num_groups=num_groups)
+    call = _record(kernel, conditioning, sampled_rows(inputs, conditioning, mask, num_groups), outputs, has_product)
+    kernel, twin, carrier = _with_twin_and_carrier(kernel, conditioning, outputs)
+    # [(groups,) samples, *positions, in] -> [(groups,) rows, in]
+    rows = inputs if is_matrix else ops.reshape(inputs, (*shape[:num_groups], math.prod(shape[num_groups:-1]), shape[-1]))
+    if has_product and plan.choose(call) in (plan.SAMPLE, None):
+        products = operations.conditioned_matmul(
+            rows,
+            kernel,
+            twin,
+            conditioning.damping,
+            is_relative=conditioning.relative_damping,
+            max_rows=None if is_matrix else conditioning.max_rows,
+        )
+    else:
+        products = ops.matmul(rows, _conditioned_kernel(kernel, twin, conditioning, call))
+    products = products if is_matrix else ops.reshape(products, outputs_shape)
+    return products if carrier is None else products + carrier
+
+
+def _product_by_replica(inputs, kernel, conditioning, num_groups):
+    """Returns the product, each replica's rows being a group of their own, so that only its gradient crosses devices."""
+    shape, num_replicas = tuple(inputs.shape), layout.num_replicas()
+    rows = math.prod(shape[num_groups:-1])
+    if rows % num_replicas:
+        raise ValueError(
+            f"`per_replica=True` splits the rows of a layer evenly over the {num_replicas} replicas of the distribution. Train "
+            f"on batches of a multiple of {num_replicas} samples. Received: a batch that makes {rows} rows"
+        )
+    groups = shape[:num_groups]
+    with layout.by_replica():
+        # [(groups,) samples, *positions, in] -> [replicas, (groups,) rows of a replica, in]
+        inputs = ops.reshape(inputs, (*groups, num_replicas, rows // num_replicas, shape[-1]))
+        inputs = layout.laid_out(ops.moveaxis(inputs, num_groups, 0))
+        kernel = layout.laid_out(ops.broadcast_to(kernel, (num_replicas, *kernel.shape)))
+        products = product(inputs, kernel, conditioning.for_one_replica(num_replicas), None, num_groups + 1)
+    return ops.reshape(ops.moveaxis(products, 0, num_groups), (*shape[:-1], kernel.shape[-1]))
+
+
+def _record(matrix, conditioning, rows, outputs, has_product):
+    num_output_rows = None
+    if outputs is not None and conditioning.output_damping is not None:
+        num_output_rows = rows.num_represented
+        if num_output_rows is not None and conditioning.max_rows is not None:
+            num_output_rows = min(num_output_rows, conditioning.max_rows)
+    call = KernelCall(
+        tuple(matrix.shape), rows.values, rows.num_counted, rows.num_represented, has_product, num_output_rows=num_output_rows
+    )
+    conditioning.note(call)
+    return call
+
+
+def _with_twin_and_carrier(kernel, conditioning, outputs):
+    """Returns the kernel, a twin if its gradient's norm is preserved, and a carrier if its outputs' side is conditioned."""
+    twin = carrier = None
+    if conditioning.preserve_norm:
+        kernel, twin = operations.twinned(kernel)
+    if outputs is not None and conditioning.output_damping is not None:
+
+        def rows_of(gradient, mask):
+            gradient = outputs.rows_of(gradient)
+            samples, *positions = ops.shape(gradient)[outputs.num_groups : -1]
+            total = samples if conditioning.weight_sharing == "reduce" else samples * math.prod(positions)
+            return sampled_rows(gradient, conditioning, mask, outputs.num_groups, summed=True), total
+
+        kernel, carrier = operations.output_conditioned_kernel(
+            kernel,
+            ops.zeros(outputs.shape, kernel.dtype),
+            conditioning.output_damping,
+            outputs.mask,
+            rows_of,
+            is_relative=conditioning.relative_damping,
+        )
+    return kernel, twin, carrier
+
+
+def _conditioned_kernel(kernel, twin, conditioning, call):
+    return operations.conditioned_kernel(
+        kernel, twin, call.rows, conditioning.damping, call.num_counted, is_relative=conditioning.relative_damping
+    )
+
+
+def bias_and_activation(layer, outputs, data_format="channels_last"):
+    """Returns `outputs` with the layer's bias added and its activation applied."""
+    if layer.bias is not None:
+        bias = layer.bias
+        if data_format == "channels_first":
+            bias = ops.reshape(bias, (1, -1, *(1 for _ in outputs.shape[2:])))
+        outputs = ops.add(outputs, bias)
+    return outputs if layer.activation is None else layer.activation(outputs)
+
+
+class _MaskReader(keras.layers.Layer):
+    """Shows the mask that Keras carries with its input."""
+
+    def __init__(self, show):
+        super().__init__(autocast=False)
+        self.show = show
+        self.supports_masking = True
+
+    def call(self, inputs, mask=None):
+        self.show(mask)
+        return inputs
+
+
+class _MaskGiver(keras.layers.Layer):
+    """Has Keras carry a mask with its output."""
+
+    def __init__(self, mask):
+        super().__init__(autocast=False)
+        self.mask = mask
+        self.supports_masking = True
+
+    def call(self, inputs):
+        return inputs
+
+    def compute_mask(self, inputs, previous_mask):
+        return self.mask
+
+
+# A JAX tracer takes no attributes. Keras keeps its mask elsewhere, and hands it to a layer that asks or takes it from one that
+# has it. Such a layer is not to be computed again, lest the mask stay in there.
+
+
+def mask_of(inputs):
+    """Returns the mask that Keras carries with a tensor, or `None`."""
+    if keras.backend.backend() != "jax":
+        return getattr(inputs, "_keras_mask", None)
+    masks = []
+    with keras.RematScope(mode=None):
+        _MaskReader(masks.append)(inputs)
+    return masks[0]
+
+
+def with_mask(inputs, mask):
+    """Returns `inputs`, with which Keras carries `mask`; as they are if that is `None`."""
+    if mask is None:
+        return inputs
+    if keras.backend.backend() != "jax":
+        inputs._keras_mask = mask
+        return inputs
+    with keras.RematScope(mode=None):
+        return _MaskGiver(mask)(inputs)

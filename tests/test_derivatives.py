@@ -1,0 +1,196 @@
+"""Losses that hold derivatives by the inputs: every part of a kernel's gradient is conditioned, once, under any transform."""
+
+import numpy as np
+import pytest
+from cases import CASES, Case, data, dense, expected_gradient
+from harness import BACKEND, paper_isaac, to_numpy
+from keras import layers, ops
+from oracle import relative_error
+
+from keras_isaac import capture_inputs
+
+# PyTorch's own transforms.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+DAMPING = 0.3
+FLOAT_CASES = [case for case in CASES if case.vocabulary is None]
+
+
+def gradients(layer, inputs, loss, optimizer=None):
+    """The gradients of `loss(call, inputs)` by the trainable variables, `call` being the layer's."""
+    return [to_numpy(gradient) for gradient in _GRADIENTS[BACKEND](layer, ops.convert_to_tensor(inputs), loss, optimizer)]
+
+
+def _gradients_jax(layer, inputs, loss, optimizer):
+    import jax
+
+    state = [variable.value for variable in layer.non_trainable_variables]
+
+    def total(trainable, inputs, optimizer_variables):
+        def call(x):
+            return layer.stateless_call(trainable, state, x)[0]
+
+        if optimizer is None:
+            return loss(call, inputs)
+        with optimizer.conditioning(optimizer_variables):
+            return loss(call, inputs)
+
+    trainable = [variable.value for variable in layer.trainable_variables]
+    return jax.jit(jax.grad(total))(trainable, inputs, [v.value for v in optimizer.variables] if optimizer else [])
+
+
+def _gradients_tensorflow(layer, inputs, loss, optimizer):
+    import contextlib
+
+    import tensorflow as tf
+
+    def step(inputs):
+        with tf.GradientTape() as tape, optimizer.conditioning() if optimizer else contextlib.nullcontext():
+            total = loss(layer, inputs)
+        return tape.gradient(total, [variable.value for variable in layer.trainable_variables])
+
+    return tf.function(step)(inputs)
+
+
+def _gradients_torch(layer, inputs, loss, optimizer):
+    import contextlib
+
+    layer.zero_grad()
+    with optimizer.conditioning() if optimizer else contextlib.nullcontext():
+        total = loss(layer, inputs)
+    total.backward()
+    return [variable.value.grad for variable in layer.trainable_variables]
+
+
+_GRADIENTS = {"jax": _gradients_jax, "tensorflow": _gradients_tensorflow, "torch": _gradients_torch}
+
+
+def by_inputs(function, inputs):
+    """The gradient of a scalar function of the inputs, which can be differentiated again."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.grad(function)(inputs)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            value = function(inputs)
+        return tape.gradient(value, inputs)
+    import torch
+
+    inputs = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
+    return torch.autograd.grad(function(inputs), inputs, create_graph=True)[0]
+
+
+def forward_jax(function, inputs, direction):
+    import jax
+
+    return jax.jvp(function, (inputs,), (direction,))
+
+
+def forward_tensorflow(function, inputs, direction):
+    import tensorflow as tf
+
+    with tf.autodiff.ForwardAccumulator(inputs, direction) as accumulator:
+        outputs = function(inputs)
+    return outputs, accumulator.jvp(outputs)
+
+
+def forward_torch(function, inputs, direction):
+    import torch
+
+    return torch.func.jvp(function, (inputs,), (direction,))
+
+
+def dual_torch(function, inputs, direction):
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(inputs, direction)))
+
+
+FORWARD = {"jax": [forward_jax], "tensorflow": [forward_tensorflow], "torch": [forward_torch, dual_torch]}[BACKEND]
+
+
+def reverse_loss(cotangent):
+    """Of the outputs and of their first and second derivatives by the inputs."""
+    cotangent = ops.convert_to_tensor(cotangent)
+
+    def loss(call, inputs):
+        def score(x):
+            return ops.sum(cotangent * ops.square(call(x)))
+
+        def slope(x):
+            return ops.sum(by_inputs(score, x) * ops.sin(x))
+
+        first, second = by_inputs(score, inputs), by_inputs(slope, inputs)
+        return ops.sum(cotangent * call(inputs)) + ops.sum(ops.square(first)) + ops.sum(ops.square(second))
+
+    return loss
+
+
+def check(layer, inputs, loss, reading, **options):
+    """That the gradients of the kernels are the oracle's conditioner, applied to the whole of the plain ones."""
+    plain = gradients(layer, inputs, loss)
+    names = {id(getattr(layer, name)): name for name in reading}
+    optimizer = paper_isaac(damping=DAMPING, **options)
+    optimizer.build(layer.trainable_variables)
+    conditioned = gradients(capture_inputs(layer), inputs, loss, optimizer)
+    for variable, actual, theirs in zip(layer.trainable_variables, conditioned, plain, strict=True):
+        name = names.get(id(variable))
+        expected = theirs if name is None else expected_gradient(*reading[name], theirs, DAMPING)
+        if options.get("preserve_norm") and name is not None:
+            expected = expected * np.linalg.norm(theirs) / np.linalg.norm(expected)
+        assert relative_error(actual, expected) < 1e-4
+        assert name is None or np.sum(actual * theirs) > 0
+
+
+@pytest.mark.parametrize("case", FLOAT_CASES, ids=[case.id for case in FLOAT_CASES])
+def test_every_part_of_a_kernels_gradient_is_conditioned_once(case):
+    layer, inputs, cotangent = data(case)
+    check(layer, inputs, reverse_loss(cotangent), case.read(layer, inputs))
+
+
+SOME = [case for case in FLOAT_CASES if case.id in ("dense-fewer-rows", "dense-more-rows", "einsum-groups", "conv2d-groups")]
+
+
+@pytest.mark.parametrize("num", [4, 11], ids=["fewer-rows", "more-rows"])
+def test_a_norm_is_that_of_the_whole_gradient(num):
+    layer, inputs, _ = data(Case("", lambda: layers.Dense(5, use_bias=False), (num, 7), dense))
+    slope = ops.convert_to_tensor(np.sin(inputs))
+
+    def loss(call, x):
+        # In one call of the layer, so that all of the gradient passes one gate.
+        return ops.sum(ops.square(by_inputs(lambda x: ops.sum(ops.tanh(call(x))), x) * slope))
+
+    check(layer, inputs, loss, dense(layer, inputs), preserve_norm=True)
+
+
+@pytest.mark.parametrize("case", SOME, ids=[case.id for case in SOME])
+@pytest.mark.parametrize("forward", FORWARD)
+def test_forward_mode_trains_as_the_plain_layer(case, forward):
+    layer, inputs, cotangent = data(case)
+    cotangent = ops.convert_to_tensor(cotangent)
+
+    def loss(call, x):
+        outputs, tangent = forward(call, x, ops.sin(x))
+        return ops.sum(cotangent * outputs) + ops.sum(ops.square(tangent))
+
+    check(layer, inputs, loss, case.read(layer, inputs))
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="its accumulators do not nest over a tape")
+@pytest.mark.parametrize("case", SOME, ids=[case.id for case in SOME])
+def test_forward_mode_over_forward_and_reverse_mode(case):
+    layer, inputs, cotangent = data(case)
+    cotangent = ops.convert_to_tensor(cotangent)
+
+    def loss(call, x):
+        def tangent(x):
+            return FORWARD[0](lambda x: ops.sum(cotangent * ops.tanh(call(x))), x, ops.ones_like(x))[1]
+
+        _, second = FORWARD[0](tangent, x, ops.ones_like(x))
+        return ops.square(second)
+
+    check(layer, inputs, loss, case.read(layer, inputs))
