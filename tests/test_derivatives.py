@@ -12,7 +12,10 @@ from keras_isaac import capture_inputs
 # PyTorch's own transforms.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 DAMPING = 0.3
-FLOAT_CASES = [case for case in CASES if case.vocabulary is None]
+# TensorFlow has no second derivative of a convolution with the channels first on a CPU, plain or captured.
+FLOAT_CASES = [
+    case for case in CASES if case.vocabulary is None and not (BACKEND == "tensorflow" and case.id == "conv2d-channels-first")
+]
 
 
 def gradients(layer, inputs, loss, optimizer=None):
