@@ -11,10 +11,10 @@ write, and the memory of arguments and temporaries. For `torch`, Keras' eager st
 tensors take. Counted are the operators that compute, and what waits for a GPU: values that the host reads, and Python numbers
 and NumPy arrays that are copied to the device.
 
-The compilers come with JAX, each pair in an environment of its own. Neither needs a device or a driver:
+The compilers come with JAX. Neither needs a device or a driver. From a clone, each into an environment of its own:
 
-    pip install "jax[tpu]==0.10.2" keras rich     # 1.4 GB
-    pip install "jax[cuda13]==0.10.2" keras rich  # 4.5 GB
+    pip install "jax[tpu]==0.10.2" -e .     # 1.4 GB
+    pip install "jax[cuda13]==0.10.2" -e .  # 4.5 GB
 
 The default models take about four minutes on two cores with `tpu` (the transformer, three), two with `cuda`, one with `torch`.
 """
@@ -91,7 +91,7 @@ def check_installed(platform):
     """Raises if the platform's compiler, or PyTorch, is missing."""
     module, package = PACKAGES[platform]
     if not importlib.util.find_spec(module):
-        raise SystemExit(f'--platform {platform} needs {module}, which is not installed: pip install "{package}" keras rich')
+        raise SystemExit(f'--platform {platform} needs {module}, which is not installed: pip install "{package}"')
 
 
 def build(benchmark, is_captured, inner):
