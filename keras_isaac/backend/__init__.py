@@ -11,6 +11,8 @@ Products and inverses:
 - `damped_inverse(matrix, total, damping)`: (λI + M)⁻¹.
 - `damped_inverse_root(matrix, total, damping, rows)`: RF with RᵀR = (λI + M)⁻¹, R the inverse of the Cholesky factor.
 - `constant(array)`: a tensor of a NumPy array.
+- `clip(tensor, minimum, maximum)`: the tensor, its values held between two numbers, which are not copied to the device.
+- `segment_sum(values, segments, num_segments)`: the sums of the values of each segment.
 
 No inverse raises. A damping below what the dtype resolves is raised to it: to the mean eigenvalue's epsilon in the inverse,
 to four epsilons of the trace in the root. Where M is numerically indefinite all the same, 1/(λ + tr M), a bound from below,
@@ -43,6 +45,7 @@ if keras.backend.backend() not in ("jax", "tensorflow", "torch"):
 
 _backend = importlib.import_module(f"keras_isaac.backend.{keras.backend.backend()}")
 
+clip = _backend.clip
 compiled = _backend.compiled
 constant = _backend.constant
 damped_inverse = _backend.damped_inverse
@@ -53,6 +56,7 @@ gradients_of = _backend.gradients_of
 matmul = _backend.matmul
 product = _backend.product
 relative_damping = _backend.relative_damping
+segment_sum = _backend.segment_sum
 trace = _backend.trace
 trace_of_gram = _backend.trace_of_gram
 with_gradients = _backend.with_gradients

@@ -13,6 +13,12 @@ from keras_isaac.backend.layout import laid_out
 _TINY = 1e-37
 
 constant = jnp.asarray
+clip = jnp.clip
+
+
+def segment_sum(values, segments, num_segments):
+    """Returns the sums of the values of each segment, `[num_segments]`."""
+    return jax.ops.segment_sum(values, segments, num_segments)
 
 
 def matmul(a, b):

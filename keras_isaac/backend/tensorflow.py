@@ -9,6 +9,13 @@ from keras_isaac.backend.precision import parts_of, product_of_parts
 _TINY = 1e-37  # Stands in for a damping and a matrix that are both zero in float32.
 
 constant = tf.convert_to_tensor
+segment_sum = tf.math.unsorted_segment_sum
+
+
+def clip(tensor, minimum, maximum=None):
+    """Returns `tensor` with its values held between two numbers, or above one."""
+    tensor = tf.maximum(tensor, minimum)
+    return tensor if maximum is None else tf.minimum(tensor, maximum)
 
 
 def matmul(a, b):

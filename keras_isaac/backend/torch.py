@@ -27,6 +27,15 @@ def constant(array):
     return _on_device(array.tobytes(), array.shape, array.dtype.str, device)
 
 
+# Keras would copy each number to the device, and wait for it.
+clip = torch.clamp
+
+
+def segment_sum(values, segments, num_segments):
+    """Returns the sums of the values of each segment, `[num_segments]`; that of Keras reads the segments on the host."""
+    return torch.zeros(num_segments, dtype=values.dtype, device=values.device).index_add(0, segments, values)
+
+
 def matmul(a, b):
     """Returns `a @ b` in full precision, whatever `torch.set_float32_matmul_precision` says."""
     if a.dtype != torch.float32 or not _rounds_products():

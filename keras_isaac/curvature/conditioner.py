@@ -23,6 +23,7 @@ import keras
 from keras import ops
 
 from keras_isaac.backend import (
+    clip,
     damped_inverse,
     damped_inverse_root,
     damped_projection,
@@ -72,7 +73,7 @@ def condition(gradient, rows, damping, num_rows=None, is_relative=False):
     dtype = gradient.dtype
     rows, gradient, damping = in_full_precision(rows, gradient, damping)
     if num_rows is not None:
-        num_rows = ops.maximum(ops.cast(num_rows, rows.dtype), 1)
+        num_rows = clip(ops.cast(num_rows, rows.dtype), 1)
     arguments = (gradient, ops.stop_gradient(rows), damping, num_rows, is_relative)
     result = if_at_most(rows.shape[-1] - 1, rows, lambda: _woodbury(*arguments), lambda: _feature_side(*arguments))
     return cast(result, dtype)
@@ -127,7 +128,7 @@ def _summed_damping(total, damping, rows, num_rows, is_relative):
     if not is_relative:
         return damping * num_rows
     num_in = rows.shape[-1]
-    rank = min(num_rows, num_in) if isinstance(num_rows, int) else ops.minimum(num_rows, num_in)
+    rank = min(num_rows, num_in) if isinstance(num_rows, int) else clip(num_rows, 1, num_in)
     return relative_damping(damping, total, rank)
 
 

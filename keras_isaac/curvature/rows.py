@@ -57,7 +57,7 @@ def sampled_rows(inputs, conditioning, mask=None, num_groups=0, summed=False):
         else:
             lengths = ops.sum(mask, axis=-2)
             rows = ops.sum(inputs * ops.cast(mask, inputs.dtype), axis=-2)
-            rows = rows if summed else rows / ops.cast(ops.maximum(lengths, 1), rows.dtype)
+            rows = rows if summed else rows / ops.cast(backend.clip(lengths, 1), rows.dtype)
             mask = ops.cast(lengths > 0, "float32")
         max_rows = conditioning.max_rows
     else:

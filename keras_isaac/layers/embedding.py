@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_isaac import backend
 from keras_isaac.layers.calls import as_dense, call_with, conditioned_lookups, conditioned_table, mask_of, product
 
 
@@ -78,12 +79,12 @@ def _token_frequency(layer, conditioning, tokens):
     counted = ops.ones_like(tokens, dtype=dtype)
     if layer.mask_zero:
         counted = ops.cast(tokens != 0, dtype)
-    num_counted = ops.maximum(ops.sum(counted), 1.0)
-    frequency = ops.segment_sum(counted, tokens, num_segments=layer.input_dim) / num_counted
+    num_counted = backend.clip(ops.sum(counted), 1.0)
+    frequency = backend.segment_sum(counted, tokens, layer.input_dim) / num_counted
     damping = ops.cast(conditioning.damping, dtype)
     if conditioning.relative_damping:
         # The trace of a covariance of one-hot rows is 1.
-        damping = damping / ops.minimum(num_counted, float(layer.input_dim))
+        damping = damping / backend.clip(num_counted, 1.0, float(layer.input_dim))
     return frequency, damping
 
 
