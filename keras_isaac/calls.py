@@ -1,52 +1,13 @@
 """What the adapters of layers share: conditioned products and kernels, a layer's own call with other kernels, masks, biases."""
 
-import contextlib
 import math
 
-import keras
 from keras import ops
 
 from keras_isaac.conditioner import mean_loss_damping
+from keras_isaac.keras_hooks import call_with, mask_of  # noqa: F401 (adapters take them from here)
 from keras_isaac.operations import carried, conditioned_kernel, conditioned_matmul, output_conditioned_kernel
 from keras_isaac.rows import representatives
-
-
-def call_with(layer, values, *args, tap=None, **kwargs):
-    """Returns the layer's own `call`, with tensors in the place of some of its variables.
-
-    Args:
-        layer: the layer.
-        values: list of pairs of a variable and a tensor.
-        *args: arguments of `call`.
-        tap: function through which the outputs pass before the activation, or `None`.
-        **kwargs: keyword arguments of `call`.
-    """
-    replaced = {id(variable): value for variable, value in values}
-    before = [(variable, replaced.get(id(variable), variable.value)) for variable in layer.variables]
-    with keras.StatelessScope(before, collect_losses=True) as stateless, _tapped(layer, tap):
-        outputs = type(layer).call(layer, *args, **kwargs)
-    # What the call did beside its result is the layer's to keep.
-    for variable, value in before:
-        after = stateless.get_current_value(variable)
-        if after is not None and after is not value:
-            variable.assign(after)
-    for loss in stateless.losses:
-        layer.add_loss(loss)
-    return outputs
-
-
-@contextlib.contextmanager
-def _tapped(layer, tap):
-    """Has the outputs of `layer` pass through `tap` before its activation, which is where `call` lets go of them."""
-    if tap is None:
-        yield
-        return
-    activation = layer.activation
-    layer.activation = tap if activation is None else lambda outputs: activation(tap(outputs))
-    try:
-        yield
-    finally:
-        layer.activation = activation
 
 
 def as_dense(inputs):
@@ -135,56 +96,3 @@ def bias_and_activation(layer, outputs, data_format="channels_last"):
             bias = ops.reshape(bias, (1, -1, *(1 for _ in outputs.shape[2:])))
         outputs = ops.add(outputs, bias)
     return outputs if layer.activation is None else layer.activation(outputs)
-
-
-class _MaskReader(keras.layers.Layer):
-    """Shows the mask that Keras carries with its input."""
-
-    def __init__(self, show):
-        super().__init__(autocast=False)
-        self.show = show
-        self.supports_masking = True
-
-    def call(self, inputs, mask=None):
-        self.show(mask)
-        return inputs
-
-
-class _MaskGiver(keras.layers.Layer):
-    """Has Keras carry a mask with its output."""
-
-    def __init__(self, mask):
-        super().__init__(autocast=False)
-        self.mask = mask
-        self.supports_masking = True
-
-    def call(self, inputs):
-        return inputs
-
-    def compute_mask(self, inputs, previous_mask):
-        return self.mask
-
-
-# A JAX tracer takes no attributes. Keras keeps its mask elsewhere, and hands it to a layer that asks or takes it from one that
-# has it. Such a layer is not to be computed again, lest the mask stay in there.
-
-
-def mask_of(inputs):
-    """Returns the mask that Keras carries with a tensor, or `None`."""
-    if keras.backend.backend() != "jax":
-        return getattr(inputs, "_keras_mask", None)
-    masks = []
-    with keras.RematScope(mode=None):
-        _MaskReader(masks.append)(inputs)
-    return masks[0]
-
-
-def with_mask(inputs, mask):
-    """Returns `inputs`, with which Keras carries `mask`; as they are if that is `None`."""
-    if mask is None:
-        return inputs
-    if keras.backend.backend() != "jax":
-        inputs._keras_mask = mask
-        return inputs
-    with keras.RematScope(mode=None):
-        return _MaskGiver(mask)(inputs)

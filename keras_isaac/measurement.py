@@ -51,7 +51,7 @@ def measurement(model, data):
             for optimizer in optimizers:
                 conditioning = optimizer.conditioning_of_step(outer_optimizer=model.optimizer)
                 observed = functools.partial(observe, conditioning)
-                stack.enter_context(scope.opened(dataclasses.replace(conditioning, on_use=lambda: None, observe=observed)))
+                stack.enter_context(scope.open_scope(dataclasses.replace(conditioning, on_use=lambda: None, observe=observed)))
             outputs = model(x, training=True)
             loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=True)
         return model.optimizer.scale_loss(loss), spectra

@@ -209,7 +209,7 @@ def _meetings(model, specs, **changes):
         found.clear()
         with contextlib.ExitStack() as stack:
             for conditioning in (others, *asked):
-                stack.enter_context(scope.opened(dataclasses.replace(conditioning, **changes)))
+                stack.enter_context(scope.open_scope(dataclasses.replace(conditioning, **changes)))
             return model(inputs, training=True)
 
     with captured_throughout(model):
