@@ -99,7 +99,7 @@ def release_inputs(target):
         _release(layer)
         if isinstance(layer, keras.Model) and keras_hooks.owner_of(layer):
             for isaac in isaacs_in(getattr(layer, "optimizer", None)):
-                isaac.captured = None
+                isaac.forget()
             keras_hooks.unwrap_step(layer)
             keras_hooks.renew_step(layer)
     return target
@@ -306,6 +306,7 @@ def _capture(layer):
 def _release(layer):
     if is_captured(layer):
         keras_hooks.unwrap_call(layer)
+    keras_hooks.drop_scope(layer)
     _alone.discard(layer)
 
 
@@ -412,10 +413,9 @@ def _raise_unsupported(kinds, received):
 def _raise_unmatched(name, rule, model, paths):
     hint = ""
     if isinstance(rule, str):
-        nearest = sorted(paths, key=lambda path: difflib.SequenceMatcher(None, rule, path).ratio(), reverse=True)[:3]
-        hint = (
-            f"A string is a regular expression that must match a whole `layer.path`. Nearest: {', '.join(map(repr, nearest))}. "
-        )
+        nearest = sorted(paths, key=lambda path: difflib.SequenceMatcher(None, rule, path).ratio(), reverse=True)
+        hint = "A string is a regular expression that must match a whole `layer.path`. "
+        hint += f"The nearest: {', '.join(map(repr, nearest[:3]))}. "
     raise ValueError(f"`{name}` matches no layer of {_describe(model)}. {hint}Received: {name}={_describe(rule)}")
 
 
@@ -424,13 +424,14 @@ def _explain(error, model):
     # Imported here, since `summary.py` looks into this file.
     from keras_isaac.summary import kernel_status
 
-    statuses = [status for status in kernel_status(model) if status.trainable]
+    statuses = sorted(kernel_status(model), key=lambda status: not status.trainable)
     if not statuses or any(status.reason is None for status in statuses):
         raise error
     reasons = [f"'{status.path}' ({status.reason})" for status in statuses]
     raise NothingConditionedError(
-        f"`ISAAC` conditions the kernels of captured layers, but of '{model.name}' it can condition none: "
-        f"{', '.join(reasons[:5])}{', ...' if len(reasons) > 5 else ''}. Supported layers: {', '.join(supported_kinds())}. "
+        f"`ISAAC` conditions the kernels of captured layers that train, but of '{model.name}' it can condition none: "
+        f"{', '.join(reasons[:5])}{', ...' if len(reasons) > 5 else ''}. `capture_inputs(model)` captures all that it can: "
+        f"{', '.join(supported_kinds())}; a layer of your own is made known by `keras_isaac.register_layer`. "
         f"To train without conditioning, compile with the inner optimizer.{error.hint}"
     ) from error
 

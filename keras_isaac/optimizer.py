@@ -239,6 +239,10 @@ class ISAAC(keras.optimizers.Optimizer):
         """Says that a step begins, in which a layer has to condition a gradient before `apply`."""
         self._took_part, self._has_to_take_part = False, True
 
+    def forget(self):
+        """Says that its model is captured no more."""
+        self.captured, self._ever_took_part = None, False
+
     def _take_part(self):
         self._took_part = self._ever_took_part = True
 
