@@ -11,7 +11,7 @@ import keras
 
 from keras_isaac import keras_hooks, scope
 from keras_isaac.layers import adapter_of, supported_kinds
-from keras_isaac.optimizer import NothingConditionedError, isaacs_in, listeners
+from keras_isaac.optimizer import isaacs_in, listeners
 
 # Layers that were captured by themselves. Models that hold them may be made later.
 _alone = weakref.WeakSet()
@@ -161,12 +161,9 @@ class _Owner:
         mapping = [] if optimizer_values is None else list(zip(model.optimizer.variables, optimizer_values, strict=True))
         with contextlib.ExitStack() as stack:
             for isaac in isaacs:
-                isaac.expect_part()
+                isaac.expect_part(functools.partial(_why_plain, model))
                 stack.enter_context(scope.open_scope(isaac.conditioning_of_step(mapping, model.optimizer)))
-            try:
-                yield
-            except NothingConditionedError as error:
-                _explain(error, model)
+            yield
 
     def before_saving(self):
         """Tells the optimizer which layers its file or copy is to capture."""
@@ -419,21 +416,20 @@ def _raise_unmatched(name, rule, model, paths):
     raise ValueError(f"`{name}` matches no layer of {_describe(model)}. {hint}Received: {name}={_describe(rule)}")
 
 
-def _explain(error, model):
-    """Raises the error again, with the reasons of the model's kernels if it has any."""
+def _why_plain(model):
+    """Returns why no kernel of the model can be conditioned, or `None` if one can."""
     # Imported here, since `summary.py` looks into this file.
     from keras_isaac.summary import kernel_status
 
     statuses = sorted(kernel_status(model), key=lambda status: not status.trainable)
     if not statuses or any(status.reason is None for status in statuses):
-        raise error
+        return None
     reasons = [f"'{status.path}' ({status.reason})" for status in statuses]
-    raise NothingConditionedError(
-        f"`ISAAC` conditions the kernels of captured layers that train, but of '{model.name}' it can condition none: "
-        f"{', '.join(reasons[:5])}{', ...' if len(reasons) > 5 else ''}. `capture_inputs(model)` captures all that it can: "
-        f"{', '.join(supported_kinds())}; a layer of your own is made known by `keras_isaac.register_layer`. "
-        f"To train without conditioning, compile with the inner optimizer.{error.hint}"
-    ) from error
+    return (
+        f"All kernels of '{model.name}' are plain: {', '.join(reasons[:5])}{', ...' if len(reasons) > 5 else ''}. "
+        f"`capture_inputs(model)` captures all that it can: {', '.join(supported_kinds())}; a layer of your own is made known "
+        "by `keras_isaac.register_layer`."
+    )
 
 
 def prepare(model, data):

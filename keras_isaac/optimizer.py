@@ -21,12 +21,6 @@ from keras_isaac.keras_hooks import sees_step
 listeners = []
 
 
-class NothingConditionedError(ValueError):
-    """No captured layer took part in a step; `hint` says what else there is to do on this backend."""
-
-    hint = ""
-
-
 @keras.saving.register_keras_serializable(package="keras_isaac")
 class ISAAC(keras.optimizers.Optimizer):
     """Optimizer whose gradients carry second-order information taken from the layers' inputs.
@@ -127,8 +121,10 @@ class ISAAC(keras.optimizers.Optimizer):
         self.per_replica = per_replica
         # Which layers of a copied model are to be captured: `True` for all, or their paths; `None` if that is not known.
         self.captured = None
-        # Whether a layer has conditioned a gradient since `apply`, whether one ever has, and whether one has to.
-        self._took_part = self._ever_took_part = self._has_to_take_part = False
+        # Whether a layer has conditioned a gradient since the last `apply`, and whether one ever has.
+        self._took_part = self._ever_took_part = False
+        # In the steps of a model, a function that says why none has.
+        self._why_plain = None
         self._trained_variables = None
         if isinstance(damping, LearningRateSchedule):
             self._damping = damping
@@ -235,9 +231,13 @@ class ISAAC(keras.optimizers.Optimizer):
     def _trains(self, variable):
         return variable.trainable and (self._trained_variables is None or id(variable) in self._trained_variables)
 
-    def expect_part(self):
-        """Says that a step begins, in which a layer has to condition a gradient before `apply`."""
-        self._took_part, self._has_to_take_part = False, True
+    def expect_part(self, why_plain):
+        """Says that a step begins, in which a layer has to condition a gradient before `apply`.
+
+        Args:
+            why_plain: function that returns why none could, as a sentence, or `None` if it does not know.
+        """
+        self._took_part, self._why_plain = False, why_plain
 
     def forget(self):
         """Says that its model is captured no more."""
@@ -273,26 +273,26 @@ class ISAAC(keras.optimizers.Optimizer):
 
     def _check_part(self, variables):
         """Raises if the gradients of this step are not conditioned, as far as Python sees the step."""
-        was_called = scope.take_plain_calls() and sees_step(variables[0])
-        was_missed = not self._took_part and (self._has_to_take_part or was_called)
-        self._took_part = self._has_to_take_part = False
+        was_called = scope.take_plain_calls() and bool(variables) and sees_step(variables[0])
+        was_missed = not self._took_part and (self._why_plain is not None or was_called)
+        reasons = self._why_plain() if self._why_plain and not self._took_part else None
+        self._took_part, self._why_plain = False, None
         if self._ever_took_part and not was_missed:
             return
-        hint = ""
-        if keras.backend.backend() == "jax":
-            hint = " On the JAX backend, build the model again first: Keras drops its weights when a `fit` fails."
-        paths = [getattr(variable, "path", variable.name) for variable in variables]
-        error = NothingConditionedError(
-            "`ISAAC` conditions the kernels of layers whose inputs are captured, but no captured layer took part in this "
-            "step. Write `model = capture_inputs(model)` (from `keras_isaac`), before or after `model.compile(...)`; in a "
-            "loop of your own, compute the loss inside `with optimizer.conditioning():`. If this model is a copy of a captured "
-            "one (`clone_model`, `load_model`, pickle), capture the copy; for `SKLearnClassifier`, give a function that builds "
-            "and captures the model. If the model is captured already, see that a captured layer is trainable; "
-            "`keras_isaac.kernel_status(model)` says why a kernel is plain. To train without conditioning, compile with the "
-            f"inner optimizer.{hint} Received gradients for: {', '.join(paths[:5])}{', ...' if len(paths) > 5 else ''}"
+        advice = reasons or (
+            "Write `model = capture_inputs(model)` (from `keras_isaac`), before or after `model.compile(...)`; in a loop of "
+            "your own, compute the loss inside `with optimizer.conditioning():`. If this model is a copy of a captured one "
+            "(`clone_model`, `load_model`, pickle), capture the copy; for `SKLearnClassifier`, give a function that builds and "
+            "captures the model. If the model is captured already, see that a captured layer is trainable."
         )
-        error.hint = hint
-        raise error
+        if keras.backend.backend() == "jax":
+            advice += " On the JAX backend, build the model again first: Keras drops its weights when a `fit` fails."
+        paths = [getattr(variable, "path", variable.name) for variable in variables]
+        raise ValueError(
+            "`ISAAC` conditions the kernels of layers whose inputs are captured, but no captured layer took part in this "
+            f"step. {advice} To train without conditioning, compile with the inner optimizer. "
+            f"Received gradients for: {', '.join(paths[:5])}{', ...' if len(paths) > 5 else ''}"
+        )
 
     def apply_gradients(self, grads_and_vars):
         """Applies pairs of gradient and variable; returns the iterations."""
