@@ -1,5 +1,6 @@
 """What `ISAAC` takes: the checks of its arguments, and the inner optimizer that they name."""
 
+import difflib
 import inspect
 import math
 import numbers
@@ -66,7 +67,7 @@ def build_inner_optimizer(inner_optimizer, learning_rate, kwargs):
         return inner_optimizer
     optimizer_class = inner_optimizer
     if isinstance(inner_optimizer, str):
-        optimizer_class = type(keras.optimizers.get(inner_optimizer))
+        optimizer_class = _class_of_name(inner_optimizer)
     if not (inspect.isclass(optimizer_class) and issubclass(optimizer_class, keras.optimizers.Optimizer)):
         raise TypeError(
             "`inner_optimizer` must be the name of a Keras optimizer, its class or an instance. "
@@ -85,3 +86,27 @@ def build_inner_optimizer(inner_optimizer, learning_rate, kwargs):
             f"{optimizer_class.__name__} says: {error}. Another takes its place by name: `ISAAC(inner_optimizer='sgd')`. "
             f"Received: {received}"
         ) from error
+
+
+def _class_of_name(name):
+    """Returns the optimizer class of that name."""
+    try:
+        return type(keras.optimizers.get(name))
+    except ValueError as error:
+        names = [key.lower() for key, value in vars(keras.optimizers).items() if inspect.isclass(value)]
+        near = difflib.get_close_matches(name.lower(), names)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(
+            f"`inner_optimizer` must be the name of a Keras optimizer, its class or an instance.{hint} "
+            f"Received: inner_optimizer={name!r}"
+        ) from error
+
+
+def public_config(optimizer):
+    """Returns the serialized optimizer, which names the class of `keras.optimizers` where Keras uses one of its backend's."""
+    config = keras.saving.serialize_keras_object(optimizer)
+    name, module = type(optimizer).__name__, type(optimizer).__module__
+    public_class = getattr(keras.optimizers, name, None)
+    if module.startswith("keras.") and public_class in type(optimizer).__mro__[1:]:
+        config = {**config, "module": "keras.optimizers", "registered_name": None}
+    return config

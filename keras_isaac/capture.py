@@ -1,28 +1,20 @@
-"""`capture_inputs`: which layers are captured, and how a model's training step opens the conditioning scope."""
+"""`capture_inputs` and `release_inputs`: which layers condition the gradients of their kernels on their inputs."""
 
 import contextlib
-import dataclasses
+import difflib
 import functools
-import gc
 import inspect
 import re
-import types
 import weakref
 
 import keras
 
-from keras_isaac import scope
+from keras_isaac import keras_hooks, scope
 from keras_isaac.layers import adapter_of, supported_kinds
-from keras_isaac.layers.calls import mask_of, with_mask
-from keras_isaac.optimizer import isaacs_in
+from keras_isaac.optimizer import isaacs_in, listeners
 
-_IS_NNX = keras.backend.backend() == "jax" and getattr(keras.config, "is_nnx_enabled", bool)()
-# The method in which the scope is opened. In the NNX mode of JAX, Keras calls the `train_step` of the class and passes over
-# that of the instance, but not over what it calls for the loss.
-_STEP = "compute_loss_and_updates" if _IS_NNX else "train_step"
-
-# Layers that were captured by themselves, and of which no model is known yet.
-_without_model = weakref.WeakSet()
+# Layers that were captured by themselves. Models that hold them may be made later.
+_alone = weakref.WeakSet()
 
 
 def capture_inputs(target, include=None, exclude=None):
@@ -30,11 +22,14 @@ def capture_inputs(target, include=None, exclude=None):
 
     The target remains what it is: same object, same class, same weights, same saved file. Outside a training step, and
     under any optimizer but `keras_isaac.ISAAC`, a captured layer is the plain layer. Capture before or after `compile`, also
-    after a `fit`: it holds from the next step on. Capturing twice is capturing once.
+    after a `fit`: it holds from the next step on. Of several calls on a model, the last one's choice holds; `release_inputs`
+    undoes it. A copy of a model that is compiled with `ISAAC` (`clone_model`, `load_model`, pickle, `copy.deepcopy`) is
+    captured as the model was.
 
     Args:
         target: a `keras.Model` (all its supported layers, nested ones too, and ones that are built later), a `keras.Layer`
-            (that layer, with what it contains), or a subclass of `keras.Model`, as a class decorator (every instance).
+            (that layer, with what it contains, in the models that hold it when it is captured or when an `ISAAC` is made or
+            built), or a subclass of `keras.Model`, as a class decorator (every instance).
         include: layers, or regular expressions that match a whole `layer.path`, or a list of them: capture these layers and
             what they contain, and no others. Defaults to `None`: all.
         exclude: likewise, layers to leave plain. Defaults to `None`: none.
@@ -56,8 +51,7 @@ def capture_inputs(target, include=None, exclude=None):
     if isinstance(target, type) and issubclass(target, keras.Model):
         return _capture_class(target, include, exclude)
     if isinstance(target, keras.Model):
-        selection = _Selection(_rules("include", include), _rules("exclude", exclude))
-        _capture_model(target, selection)
+        _capture_model(target, include, exclude)
         return target
     if isinstance(target, keras.Layer):
         if include is not None or exclude is not None:
@@ -73,162 +67,249 @@ def capture_inputs(target, include=None, exclude=None):
     )
 
 
-@dataclasses.dataclass(frozen=True)
+def release_inputs(target):
+    """Takes back `capture_inputs`: the target trains with its plain gradients from the next step on.
+
+    Args:
+        target: a `keras.Model` or a `keras.Layer`, with all that it contains; or a decorated subclass of `keras.Model`, of
+            which instances made from now on are plain.
+
+    Returns:
+        `target`.
+
+    Raises:
+        TypeError: if `target` is no model, layer or model class.
+
+    Example:
+    >>> import keras
+    >>> from keras_isaac import capture_inputs, kernel_status, release_inputs
+    >>> model = capture_inputs(keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)]))
+    >>> [status.reason for status in kernel_status(release_inputs(model))]
+    ['not captured']
+    """
+    if isinstance(target, type) and issubclass(target, keras.Model):
+        _release_class(target)
+        return target
+    if not isinstance(target, keras.Layer):
+        raise TypeError(
+            "`release_inputs` takes a `keras.Model`, a `keras.Layer` or a subclass of `keras.Model`. "
+            f"Received: target={target!r} (of type {type(target).__name__})"
+        )
+    for layer, _ in walk(target):
+        _release(layer)
+        if isinstance(layer, keras.Model) and keras_hooks.owner_of(layer):
+            for isaac in isaacs_in(getattr(layer, "optimizer", None)):
+                isaac.forget()
+            keras_hooks.unwrap_step(layer)
+            keras_hooks.renew_step(layer)
+    return target
+
+
+class _Owner:
+    """What is captured of one model: the rules of its last `capture_inputs`, and the scope around its training steps."""
+
+    def __init__(self, model):
+        # The model holds its owner.
+        self._model = weakref.ref(model)
+        self._selection = None
+
+    def select(self, selection):
+        """Captures by these rules, and by no earlier ones."""
+        self._selection = selection
+        for layer, _ in walk(self._model()):
+            _release(layer)
+        self.before_compiling()
+
+    def before_compiling(self):
+        """Captures what was added to the model since, and has layers that are not built yet captured when they are."""
+        for layer, containers in walk(self._model()):
+            keras_hooks.keep_scope(layer)
+            if self._selection is not None:
+                self._capture_by_rules(layer, containers)
+        if self._selection is not None:
+            self._selection.check(self._model())
+
+    def _capture_by_rules(self, layer, containers):
+        selection = self._selection
+        if selection.chooses(layer, containers):
+            _capture(layer)
+        if not layer.built and layer not in selection.waiting:
+            selection.waiting.add(layer)
+            keras_hooks.after_build(layer, lambda: self._after_build(selection, layer, containers))
+
+    def _after_build(self, selection, layer, containers):
+        selection.waiting.discard(layer)
+        if selection is self._selection:
+            # It may have made layers as it was built.
+            for each, within in walk(layer, containers):
+                keras_hooks.keep_scope(each)
+                self._capture_by_rules(each, within)
+            selection.check(self._model())
+
+    @contextlib.contextmanager
+    def step(self, optimizer_values):
+        """Opens the scope for one training step."""
+        model = self._model()
+        isaacs = isaacs_in(model.optimizer)
+        if not isaacs:
+            yield
+            return
+        has_several = hasattr(getattr(model.optimizer, "inner_optimizer", model.optimizer), "optimizers")
+        if has_several and not model.optimizer.built and all(layer.built for layer, _ in walk(model)):
+            # TensorFlow builds it at the end of the first step, but which optimizer trains a kernel is known once it is built.
+            model.optimizer.build(model.trainable_variables)
+        mapping = [] if optimizer_values is None else list(zip(model.optimizer.variables, optimizer_values, strict=True))
+        with contextlib.ExitStack() as stack:
+            for isaac in isaacs:
+                isaac.expect_part(functools.partial(_why_plain, model))
+                stack.enter_context(scope.open_scope(isaac.conditioning_of_step(mapping, model.optimizer)))
+            yield
+
+    def before_saving(self):
+        """Tells the optimizer which layers its file or copy is to capture."""
+        model = self._model()
+        layers = [layer for layer, _ in walk(model) if adapter_of(layer)]
+        captured = [layer for layer in layers if is_captured(layer)]
+        for isaac in isaacs_in(getattr(model, "optimizer", None)):
+            isaac.captured = True if layers == captured else frozenset(_path_in(model, layer) for layer in captured)
+
+
 class _Selection:
-    """One call's `include` and `exclude`, applied to a model again whenever its layers may have changed."""
+    """The rules of one call, and what came of them so far."""
 
-    include: tuple | None
-    exclude: tuple | None
+    def __init__(self, include, exclude):
+        self.include, self.exclude = _rules("include", include), _rules("exclude", exclude)
+        self.waiting = weakref.WeakSet()
+        self._by_path = any(isinstance(rule, str) for rule in (*(self.include or ()), *(self.exclude or ())))
+        self._decided, self._matched, self._chosen = weakref.WeakSet(), set(), set()
 
-    def apply(self, model):
-        """Captures the selected layers of `model`; raises if a rule matched nothing although all paths are known."""
-        matched, chosen = set(), set()
+    def chooses(self, layer, containers):
+        """Whether `layer` is to be captured; it is asked once a layer, so that a later choice for that layer holds."""
+        # A layer has no path before it is built, so that it is too early to tell.
+        if layer in self._decided or (self._by_path and layer.path is None):
+            return False
+        self._decided.add(layer)
+        included, excluded = _matching(self.include, layer, containers), _matching(self.exclude, layer, containers)
+        self._matched |= included | excluded
+        if adapter_of(layer):
+            self._chosen |= included
+        return (self.include is None or bool(included)) and not excluded
+
+    def check(self, model):
+        """Raises if a rule matched nothing, or nothing that can be conditioned, although all layers are built."""
         layers = list(walk(model))
-        by_path = any(isinstance(rule, str) for rule in (*(self.include or ()), *(self.exclude or ())))
-        for layer, containers in layers:
-            _keep_scope(layer)
-            included = _matching(self.include, layer, containers)
-            excluded = _matching(self.exclude, layer, containers)
-            matched |= included | excluded
-            # A layer has no path before it is built, so that it is too early to tell.
-            decided = not by_path or layer.path is not None
-            if decided and (self.include is None or included) and not excluded:
-                _capture(layer)
-            if adapter_of(layer):
-                chosen |= included
         if not all(layer.built for layer, _ in layers):
             return
         for name, rules in (("include", self.include), ("exclude", self.exclude)):
             for rule in rules or ():
-                if rule not in matched:
-                    paths = [layer.path for layer, _ in layers if adapter_of(layer)]
-                    raise ValueError(
-                        f"`{name}` matches no layer of {_describe(model)}. A string is a regular expression that must match a "
-                        f"whole `layer.path`, one of: {', '.join(map(repr, paths))}. Received: {name}={_describe(rule)}"
-                    )
-                if name == "include" and rule not in chosen:
+                if rule not in self._matched:
+                    _raise_unmatched(name, rule, model, [layer.path for layer, _ in layers if adapter_of(layer)])
+                if name == "include" and rule not in self._chosen:
                     kinds = {_describe(layer) for layer, above in layers if rule in _matching((rule,), layer, above)}
                     _raise_unsupported(sorted(kinds), f"include={_describe(rule)}")
 
 
-def _capture_model(model, selection):
-    selections = _open_in(model)
-    if selection not in selections:
-        selections.append(selection)
-    selection.apply(model)
-    _renew(model)
+def _capture_model(model, include, exclude):
+    selection = _Selection(include, exclude)
+    _owner_of(model).select(selection)
+    keras_hooks.renew_step(model)
+
+
+def _owner_of(model):
+    """Returns the owner of the model's training step, which it becomes now if there is none."""
+    owner = keras_hooks.owner_of(model)
+    if owner is None:
+        owner = _Owner(model)
+        keras_hooks.wrap_step(model, owner)
+    return owner
 
 
 def _capture_layer(layer):
     captured = [_capture(each) for each, _ in walk(layer)]
     if not any(captured):
         _raise_unsupported([_describe(layer)], f"target={_describe(layer)}")
-    _without_model.add(layer)
-    _find_models(layer)
+    _alone.add(layer)
+    for model in _models_of([layer]):
+        _owner_of(model)
+        keras_hooks.renew_step(model)
+
+
+def _models_of(layers):
+    """Returns the living models that hold one of these layers: a layer does not know its models."""
+    wanted = set(map(id, layers))
+    return [model for model in keras_hooks.living_models() if any(id(layer) in wanted for layer, _ in walk(model))]
+
+
+def _meet(isaac):
+    """Finds the models that an `ISAAC`, made or built now, may train: those of layers captured alone, and copies."""
+    for model in _models_of(_alone) if _alone else ():
+        if keras_hooks.owner_of(model) is None:
+            _owner_of(model)
+            keras_hooks.renew_step(model)
+    if isaac.built and isaac.captured is not None:
+        for model in keras_hooks.living_models():
+            if keras_hooks.owner_of(model) is None and isaac in isaacs_in(getattr(model, "optimizer", None)):
+                _capture_copy(model, isaac.captured)
+
+
+listeners.append(_meet)
+
+
+def _capture_copy(model, captured):
+    """Captures a copy of a captured model: all of it (`True`), or the layers at these paths."""
+    layers = None if captured is True else [layer for layer, _ in walk(model) if _path_in(model, layer) in captured]
+    if layers != []:
+        _capture_model(model, layers, None)
+
+
+def _path_in(model, layer):
+    """Returns the path of a layer without the name of its model, which Keras may have chosen."""
+    return None if layer.path is None else layer.path.removeprefix(f"{model.name}/")
 
 
 def _capture_class(model_class, include, exclude):
-    selection = _Selection(_rules("include", include), _rules("exclude", exclude))
+    _rules("include", include), _rules("exclude", exclude)
+    _release_class(model_class)
     plain_init = model_class.__init__
-    if getattr(plain_init, "keras_isaac_selection", None) == selection:
-        return model_class
 
     @functools.wraps(plain_init)
     def init(self, *args, **kwargs):
         plain_init(self, *args, **kwargs)
-        _capture_model(self, selection)
+        _capture_model(self, include, exclude)
 
     # Keras reads the arguments of `__init__` for `get_config`, and does not look behind a wrapper by itself.
     init.__signature__ = inspect.signature(plain_init)
-    init.keras_isaac_selection = selection
+    init.captures = True
     model_class.__init__ = init
     return model_class
 
 
-def _open_in(model):
-    """Has the training step of this instance open the scope, once; returns the list of its selections."""
-    plain_step, plain_make = getattr(model, _STEP), model.make_train_function
-    selections = getattr(plain_step, "keras_isaac_selections", None)
-    if selections is not None:
-        return selections
-    selections = []
-    setattr(model, _STEP, _opening(model, plain_step, selections))
-
-    @functools.wraps(plain_make)
-    def make_train_function(force=False):
-        if force or model.train_function is None:
-            # JAX remembers what it compiled by the function: with the same one, a change of the layers or of the loss would
-            # not reach the compiled step.
-            setattr(model, _STEP, _opening(model, plain_step, selections))
-            if _IS_NNX and model.built:
-                # NNX lets nobody change a layer inside of a traced step.
-                for selection in selections:
-                    selection.apply(model)
-        return plain_make(force=force)
-
-    model.make_train_function = make_train_function
-    return selections
-
-
-def _opening(model, plain_step, selections):
-    """Returns `plain_step` of `model`, run with the conditioning scope open."""
-    is_first = True
-
-    @functools.wraps(plain_step)
-    def train_step(*args, **kwargs):
-        nonlocal is_first
-        optimizers = isaacs_in(model.optimizer)
-        if not optimizers or (_IS_NNX and kwargs.get("optimizer_variables") is None):
-            return plain_step(*args, **kwargs)
-        if is_first:
-            prepare(model, args[-1] if args else kwargs["data"])
-            is_first = False
-        if not model.optimizer.built and model.built:
-            # Which of several optimizers trains a kernel is known once they are built.
-            model.optimizer.build(model.trainable_variables)
-        state_mapping = []
-        if keras.backend.backend() == "jax":
-            values = kwargs["optimizer_variables"] if _IS_NNX else (args[0] if args else kwargs["state"])[2]
-            state_mapping = list(zip(model.optimizer.variables, values, strict=True))
-        with contextlib.ExitStack() as stack:
-            for optimizer in optimizers:
-                stack.enter_context(scope.opened(optimizer.conditioning_of_step(state_mapping, model.optimizer)))
-            return plain_step(*args, **kwargs)
-
-    train_step.keras_isaac_selections = selections
-    return train_step
-
-
-def prepare(model, data):
-    """Builds the model on `data`, where that is left to its first training step, and captures what was chosen of it."""
-    if not model.built and type(model).call is not keras.Model.call:
-        # TensorFlow builds a model in its first step: do so before it, so that the layers are there to be captured.
-        # A model that has no `call` is one of built models, and of a `train_step` of its own.
-        model(keras.utils.unpack_x_y_sample_weight(data)[0])
-    for selection in getattr(getattr(model, _STEP), "keras_isaac_selections", ()):
-        selection.apply(model)
-
-
-def _renew(model):
-    """Has a step that was compiled before traced anew."""
-    if model.train_function is not None:
-        model.make_train_function(force=True)
+def _release_class(model_class):
+    init = vars(model_class).get("__init__")
+    if getattr(init, "captures", False):
+        model_class.__init__ = init.__wrapped__
 
 
 def _capture(layer):
     """Wraps the `call` of this layer, once; returns whether the layer can be conditioned."""
     if adapter_of(layer) is None:
         return False
-    if "call" not in vars(layer):
-        layer.call = types.MethodType(_captured_call, layer)
-        _keep_scope(layer)
+    keras_hooks.wrap_call(layer, _captured_call)
+    keras_hooks.keep_scope(layer)
     # Somebody else's `call` on the instance is not the layer that the adapter knows.
     return is_captured(layer)
 
 
+def _release(layer):
+    if is_captured(layer):
+        keras_hooks.unwrap_call(layer)
+    keras_hooks.drop_scope(layer)
+    _alone.discard(layer)
+
+
 def is_captured(layer):
     """Whether this layer's `call` is wrapped."""
-    return getattr(vars(layer).get("call"), "__func__", None) is _captured_call
+    return keras_hooks.runs(layer, _captured_call)
 
 
 @contextlib.contextmanager
@@ -236,12 +317,12 @@ def captured_throughout(root):
     """Captures every supported layer in `root` inside the `with` block, to see what it would do."""
     layers = [layer for layer, _ in walk(root) if adapter_of(layer) and "call" not in vars(layer)]
     for layer in layers:
-        layer.call = types.MethodType(_captured_call, layer)
+        keras_hooks.wrap_call(layer, _captured_call)
     try:
         yield
     finally:
         for layer in layers:
-            del layer.call
+            keras_hooks.unwrap_call(layer)
 
 
 def _captured_call(layer, *args, **kwargs):
@@ -255,57 +336,15 @@ def _captured_call(layer, *args, **kwargs):
                 conditionings[id(kernel)] = conditioning.of_kernel(kernel)
         if conditionings:
             return adapter.call(layer, lambda kernel: conditionings.get(id(kernel)), *args, **kwargs)
-    elif layer in _without_model:
-        for optimizer, outer_optimizer in _find_models(layer):
-            # TensorFlow builds a model in its first step, so that this may be that step, and too late to open it as a whole.
-            with scope.opened(optimizer.conditioning_of_step(outer_optimizer=outer_optimizer)):
-                return _captured_call(layer, *args, **kwargs)
+    elif kwargs.get("training") is not False and keras_hooks.sees_step(args[0] if args else layer.variables[0]):
+        scope.note_plain_call()
     return type(layer).call(layer, *args, **kwargs)
 
 
-def _keep_scope(layer):
-    """Has this layer recomputed in the scope of its forward pass, if a `keras.RematScope` says that it is to be recomputed."""
-    if "rematerialized_call" not in vars(layer):
-        layer.rematerialized_call = types.MethodType(_rematerialized_call, layer)
-
-
-def _rematerialized_call(layer, layer_call, *args, **kwargs):
-    # The backward pass may run after the scope is closed, or in a thread of its own, and Keras loses the masks on the way.
-    masks = keras.tree.map_structure(lambda value: mask_of(value) if keras.ops.is_tensor(value) else None, (args, kwargs))
-
-    # JAX remembers a trace by its function: a captured layer's `call` is the same one every time, where Keras' is a new bound
-    # method, and so needs a new one here.
-    @scope.kept
-    def call(*args, **kwargs):
-        args, kwargs = keras.tree.map_structure(with_mask, (args, kwargs), masks)
-        return layer_call(*args, **kwargs)
-
-    return type(layer).rematerialized_call(layer, call, *args, **kwargs)
-
-
-def _find_models(layer):
-    """Opens the scope in the training steps of the models that hold a layer captured by itself.
-
-    A layer does not know its models, and Keras has no public way to ask. So the living models are looked through, once when
-    the layer is captured and then in its calls until one is found. Returns their `ISAAC` optimizers, each with the model's, but
-    none on JAX, where the damping is in the step's state, and where a model calls its layers before it compiles its step.
-    """
-    models = [x for x in gc.get_objects() if issubclass(type(x), keras.Model) and hasattr(x, "train_function")]
-    models = [model for model in models if any(each is layer for each, _ in walk(model))]
-    for model in models:
-        _open_in(model)
-        _renew(model)
-    if models:
-        _without_model.discard(layer)
-    if keras.backend.backend() == "jax":
-        return []
-    return [(isaac, model.optimizer) for model in models for isaac in isaacs_in(getattr(model, "optimizer", None))]
-
-
-def walk(root):
+def walk(root, containers=()):
     """Yields `root` and every layer in it, each with the layers that contain it, outermost first."""
     seen = {id(root)}
-    stack = [(root, ())]
+    stack = [(root, containers)]
     while stack:
         layer, containers = stack.pop()
         yield layer, containers
@@ -366,3 +405,35 @@ def _raise_unsupported(kinds, received):
         "keep their `call`; a layer of your own is made known by `keras_isaac.register_layer`. Leave it out, and it trains "
         f"with its plain gradient. Received: {received}"
     )
+
+
+def _raise_unmatched(name, rule, model, paths):
+    hint = ""
+    if isinstance(rule, str):
+        nearest = sorted(paths, key=lambda path: difflib.SequenceMatcher(None, rule, path).ratio(), reverse=True)
+        hint = "A string is a regular expression that must match a whole `layer.path`. "
+        hint += f"The nearest: {', '.join(map(repr, nearest[:3]))}. "
+    raise ValueError(f"`{name}` matches no layer of {_describe(model)}. {hint}Received: {name}={_describe(rule)}")
+
+
+def _why_plain(model):
+    """Returns why no kernel of the model can be conditioned, or `None` if one can."""
+    # Imported here, since `summary.py` looks into this file.
+    from keras_isaac.summary import kernel_status
+
+    statuses = sorted(kernel_status(model), key=lambda status: not status.trainable)
+    if not statuses or any(status.reason is None for status in statuses):
+        return None
+    reasons = [f"'{status.path}' ({status.reason})" for status in statuses]
+    return (
+        f"All kernels of '{model.name}' are plain: {', '.join(reasons[:5])}{', ...' if len(reasons) > 5 else ''}. "
+        f"`capture_inputs(model)` captures all that it can: {', '.join(supported_kinds())}; a layer of your own is made known "
+        "by `keras_isaac.register_layer`."
+    )
+
+
+def prepare(model, data):
+    """Builds the model on `data`, where Keras leaves that to its first training step."""
+    if not model.built and type(model).call is not keras.Model.call:
+        # A model that has no `call` is one of built models, and of a `train_step` of its own.
+        model(keras.utils.unpack_x_y_sample_weight(data)[0])

@@ -46,7 +46,7 @@ def measurement(model, data):
             for optimizer in optimizers if is_open else ():
                 conditioning = optimizer.conditioning_of_step(outer_optimizer=model.optimizer)
                 recording = functools.partial(record, conditioning)
-                stack.enter_context(scope.opened(dataclasses.replace(conditioning, on_use=lambda: None, record=recording)))
+                stack.enter_context(scope.open_scope(dataclasses.replace(conditioning, on_use=lambda: None, record=recording)))
             outputs = model(x, training=True)
             loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=True)
         return model.optimizer.scale_loss(loss), told

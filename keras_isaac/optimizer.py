@@ -13,7 +13,12 @@ from keras_isaac.arguments import (
     check_flags,
     check_number,
     check_weight_sharing,
+    public_config,
 )
+from keras_isaac.keras_hooks import sees_step
+
+# Functions of an `ISAAC`, called when it is made and when it is built: `capture.py` looks for its model then.
+listeners = []
 
 
 @keras.saving.register_keras_serializable(package="keras_isaac")
@@ -114,7 +119,12 @@ class ISAAC(keras.optimizers.Optimizer):
         self.weight_sharing = weight_sharing
         self.max_rows = max_rows
         self.per_replica = per_replica
-        self._took_part = False
+        # Which layers of a copied model are to be captured: `True` for all, or their paths; `None` if that is not known.
+        self.captured = None
+        # Whether a layer has conditioned a gradient since the last `apply`, and whether one ever has.
+        self._took_part = self._ever_took_part = False
+        # In the steps of a model, a function that says why none has.
+        self._why_plain = None
         self._trained_variables = None
         if isinstance(damping, LearningRateSchedule):
             self._damping = damping
@@ -130,6 +140,8 @@ class ISAAC(keras.optimizers.Optimizer):
                     aggregation="only_first_replica",
                     name="damping",
                 )
+        for listener in listeners:
+            listener(self)
 
     @property
     def damping(self):
@@ -183,7 +195,7 @@ class ISAAC(keras.optimizers.Optimizer):
                     f"Received: optimizer_variables={received}"
                 )
             mapping = list(zip(self.variables, optimizer_variables, strict=True))
-        with scope.opened(self.conditioning_of_step(mapping)):
+        with scope.open_scope(self.conditioning_of_step(mapping)):
             yield
 
     def conditioning_of_step(self, state_mapping=(), outer_optimizer=None):
@@ -219,40 +231,68 @@ class ISAAC(keras.optimizers.Optimizer):
     def _trains(self, variable):
         return variable.trainable and (self._trained_variables is None or id(variable) in self._trained_variables)
 
+    def expect_part(self, why_plain):
+        """Says that a step begins, in which a layer has to condition a gradient before `apply`.
+
+        Args:
+            why_plain: function that returns why none could, as a sentence, or `None` if it does not know.
+        """
+        self._took_part, self._why_plain = False, why_plain
+
+    def forget(self):
+        """Says that its model is captured no more."""
+        self.captured, self._ever_took_part = None, False
+
     def _take_part(self):
-        self._took_part = True
+        self._took_part = self._ever_took_part = True
 
     def build(self, variables):
         """Builds the inner optimizer for `variables`."""
+        if not variables:
+            # Keras builds the optimizer of a `.h5` file for no variables, and for all of them once it trains.
+            return
         self.inner_optimizer.build(variables)
         super().build(variables)
         self._trained_variables = frozenset(id(v) for v in variables)
+        for listener in listeners:
+            listener(self)
 
     def apply(self, grads, trainable_variables=None):
         """Applies conditioned gradients by the inner optimizer.
 
         Raises:
-            ValueError: if no captured layer has conditioned a gradient for this optimizer.
+            ValueError: if no captured layer has conditioned a gradient for this optimizer in this step.
         """
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
-        if not self._took_part:
-            received = [getattr(v, "path", v.name) for v in trainable_variables or self._trainable_variables]
-            again = ""
-            if keras.backend.backend() == "jax":
-                again = "On the JAX backend, build the model again first: Keras drops its weights when a `fit` fails. "
-            raise ValueError(
-                "`ISAAC` conditions the kernels of layers whose inputs are captured, but no captured layer took part in this "
-                "step. Write `model = capture_inputs(model)` (from `keras_isaac`), before or after `model.compile(...)`; in a "
-                "loop of your own, compute the loss inside `with optimizer.conditioning():`. If the model is captured already, "
-                "see that a captured layer is trainable. To train without conditioning, compile with the inner optimizer. "
-                f"{again}"
-                f"Received gradients for: {', '.join(received[:5])}{', ...' if len(received) > 5 else ''}"
-            )
+        self._check_part(trainable_variables or self._trainable_variables)
         if not self.built:
             with keras.name_scope(self.name):
                 self.build(trainable_variables)
         self.inner_optimizer.apply(grads, trainable_variables)
+
+    def _check_part(self, variables):
+        """Raises if the gradients of this step are not conditioned, as far as Python sees the step."""
+        was_called = scope.take_plain_calls() and bool(variables) and sees_step(variables[0])
+        was_missed = not self._took_part and (self._why_plain is not None or was_called)
+        reasons = self._why_plain() if self._why_plain and not self._took_part else None
+        self._took_part, self._why_plain = False, None
+        if self._ever_took_part and not was_missed:
+            return
+        advice = reasons or (
+            "Write `model = capture_inputs(model)` (from `keras_isaac`), before or after `model.compile(...)`; in a loop of "
+            "your own, compute the loss inside `with optimizer.conditioning():`. If this model is a copy of a captured one "
+            "(`clone_model`, `load_model`, pickle), capture the copy; for `SKLearnClassifier`, give a function that builds and "
+            "captures the model. If the model is captured already, see that a captured layer is trainable."
+        )
+        if keras.backend.backend() == "jax":
+            advice += " On the JAX backend, build the model again first: Keras drops its weights when a `fit` fails."
+        paths = [getattr(variable, "path", variable.name) for variable in variables]
+        raise ValueError(
+            "`ISAAC` conditions the kernels of layers whose inputs are captured, but no captured layer took part in this "
+            f"step. {advice} To train without conditioning, compile with the inner optimizer. "
+            f"Received gradients for: {', '.join(paths[:5])}{', ...' if len(paths) > 5 else ''}"
+        )
 
     def apply_gradients(self, grads_and_vars):
         """Applies pairs of gradient and variable; returns the iterations."""
@@ -293,6 +333,24 @@ class ISAAC(keras.optimizers.Optimizer):
         if hasattr(self, "inner_optimizer"):
             self.inner_optimizer.loss_scale_factor = loss_scale_factor
 
+    # Callbacks look one level into an optimizer, at these names: in a LossScaleOptimizer they find `ISAAC`.
+
+    @property
+    def use_ema(self):
+        """Whether the inner optimizer averages the weights."""
+        # The base class asks as it builds, and would keep an average of its own.
+        return self.built and self.inner_optimizer.use_ema
+
+    @use_ema.setter
+    def use_ema(self, use_ema):
+        # The base class sets it before there is an inner optimizer.
+        if hasattr(self, "inner_optimizer"):
+            self.inner_optimizer.use_ema = use_ema
+
+    @property
+    def _model_variables_moving_average(self):
+        return self.inner_optimizer._model_variables_moving_average
+
     def scale_loss(self, loss):
         """Scales the loss as the inner optimizer does."""
         return self.inner_optimizer.scale_loss(loss)
@@ -326,26 +384,39 @@ class ISAAC(keras.optimizers.Optimizer):
             damping = keras.optimizers.schedules.serialize(self._damping)
         else:
             damping = float(ops.convert_to_numpy(self._damping))
+        inner_optimizer = public_config(self.inner_optimizer)
         return {
             "name": self.name,
+            # Loggers look for it here.
+            "learning_rate": inner_optimizer["config"].get("learning_rate"),
             "damping": damping,
-            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "inner_optimizer": inner_optimizer,
             "relative_damping": self.relative_damping,
             "preserve_norm": self.preserve_norm,
             "output_damping": self.output_damping,
             "weight_sharing": self.weight_sharing,
             "max_rows": self.max_rows,
             "per_replica": self.per_replica,
+            "captured": sorted(self.captured) if isinstance(self.captured, frozenset) else self.captured,
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         """Builds the optimizer from its configuration."""
         config = dict(config)
+        captured = config.pop("captured", None)
+        if isinstance(config.get("inner_optimizer"), dict):
+            inner_optimizer = dict(config["inner_optimizer"])
+            learning_rate = config.pop("learning_rate", None)
+            if learning_rate is not None:
+                inner_optimizer["config"] = {**inner_optimizer["config"], "learning_rate": learning_rate}
+            config["inner_optimizer"] = inner_optimizer
         for key in ("damping", "inner_optimizer"):
             if isinstance(config.get(key), dict):
                 config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
-        return cls(**config)
+        optimizer = cls(**config)
+        optimizer.captured = captured if captured is None or captured is True else frozenset(captured)
+        return optimizer
 
 
 def isaacs_in(optimizer):
@@ -354,3 +425,7 @@ def isaacs_in(optimizer):
         return [optimizer]
     inner = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())]
     return [isaac for each in inner if each is not None for isaac in isaacs_in(each)]
+
+
+# Keras looks up the optimizer of `model.compile(optimizer="isaac")` here.
+keras.saving.get_custom_objects()["isaac"] = ISAAC

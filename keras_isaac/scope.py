@@ -61,7 +61,7 @@ class Conditioning:
 
 
 @contextlib.contextmanager
-def opened(conditioning):
+def open_scope(conditioning):
     """Opens the scope for `conditioning`; an inner scope goes before an outer one."""
     token = _open_scopes.set((conditioning, *_open_scopes.get()))
     try:
@@ -70,7 +70,7 @@ def opened(conditioning):
         _open_scopes.reset(token)
 
 
-def kept(function):
+def bind_scope(function):
     """Returns `function`, run in the scope that is open now, also where it is called after the scope is closed."""
     scopes = _open_scopes.get()
 
@@ -96,3 +96,19 @@ def conditioning_of(kernel):
         if conditioning.trains(kernel):
             return conditioning
     return None
+
+
+# Whether a captured layer was called outside of any scope. Set and cleared, not counted: `torch.compile` guards its value.
+_plain_calls = set()
+
+
+def note_plain_call():
+    """Notes that a captured layer was called outside of any scope."""
+    _plain_calls.add("called")
+
+
+def take_plain_calls():
+    """Returns whether a captured layer was called outside of any scope since this was asked last."""
+    was_called = bool(_plain_calls)
+    _plain_calls.clear()
+    return was_called

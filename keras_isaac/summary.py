@@ -187,7 +187,7 @@ def _kernel_calls(model, specs):
         calls.clear()
         with contextlib.ExitStack() as stack:
             for conditioning in (others, *asked):
-                stack.enter_context(scope.opened(dataclasses.replace(conditioning, record=record, on_use=lambda: None)))
+                stack.enter_context(scope.open_scope(dataclasses.replace(conditioning, record=record, on_use=lambda: None)))
             return model(inputs, training=True)
 
     with captured_throughout(model):

@@ -5,10 +5,10 @@ import keras
 import numpy as np
 import pytest
 from harness import paper_isaac, to_numpy
-from keras.optimizers import SGD, Adam
+from keras.optimizers import SGD, Adam, LossScaleOptimizer
 from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
 
-from keras_isaac import capture_inputs
+from keras_isaac import capture_inputs, keras_hooks, release_inputs
 
 
 def is_captured(layer):
@@ -31,12 +31,132 @@ def test_twice_is_once():
     assert_close(twice, trained(paper_isaac(damping=0.1), capture_inputs), 0)
 
 
-def test_two_calls_add_up():
-    def by_layer(model):
-        for layer in model.layers:
-            capture_inputs(model, include=layer)
+def test_the_last_call_on_a_model_holds():
+    model, inner, shared = nested()
+    capture_inputs(capture_inputs(model), exclude=shared)
+    assert [is_captured(layer) for layer in (inner.layers[0], shared, model.layers[-1])] == [True, False, True]
+    capture_inputs(model, include=shared)
+    assert [is_captured(layer) for layer in (inner.layers[0], shared, model.layers[-1])] == [False, True, False]
+    capture_inputs(inner)
+    capture_inputs(shared)
+    release_inputs(shared)
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    fit(model, regression())
+    assert [is_captured(layer) for layer in (inner.layers[0], shared, model.layers[-1])] == [True, False, False]
 
-    assert_close(trained(paper_isaac(damping=0.1), by_layer), trained(paper_isaac(damping=0.1), capture_inputs), 0)
+
+def test_the_last_rules_hold_for_layers_that_are_built_later():
+    model = capture_inputs(
+        capture_inputs(keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(3, name="head")])), ".*head"
+    )
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    fit(model, regression())
+    assert [is_captured(layer) for layer in model.layers] == [False, True]
+
+
+def test_released_models_are_as_before():
+    model = mlp()
+    capture_inputs(model)
+    model.compile(optimizer=SGD(0.1), loss="mse")
+    fit(model, regression())
+    assert release_inputs(model) is model
+    assert [set(vars(layer)) & {"call", "rematerialized_call"} for layer in model.layers] == [set(), set()]
+    assert not {"train_step", "make_train_function", "get_compile_config"} & set(vars(model))
+    release_inputs(model)
+    fit(model, regression())
+    reference = mlp()
+    reference.compile(optimizer=SGD(0.1), loss="mse")
+    fit(reference, regression(), epochs=2)
+    assert_close(weights(model), weights(reference), 0)
+
+
+def test_releasing_holds_from_the_next_step():
+    model = capture_inputs(mlp())
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    fit(model, regression())
+    release_inputs(model)
+    with pytest.raises(ValueError, match=r"Write `model = capture_inputs\(model\)`"):
+        fit(model, regression())
+
+
+def test_a_released_layer_is_plain():
+    expected = trained(paper_isaac(damping=0.1), lambda model: capture_inputs(model, exclude=model.layers[0]))
+
+    def release(model):
+        capture_inputs(model)
+        assert release_inputs(model.layers[0]) is model.layers[0]
+
+    assert_close(trained(paper_isaac(damping=0.1), release), expected, 0)
+
+
+def test_a_released_class_makes_plain_models():
+    class Decorated(Branches):
+        pass
+
+    plain_init = Decorated.__init__
+    assert release_inputs(capture_inputs(Decorated)) is Decorated
+    assert Decorated.__init__ is plain_init
+    capture_inputs(capture_inputs(Decorated), exclude=".*main")
+    model = Decorated()
+    model.build((None, 6))
+    assert [is_captured(layer) for layer in (model.late, model.heads["main"])] == [True, False]
+
+
+@pytest.mark.parametrize("target", [None, "model", keras.layers.Dense, SGD])
+def test_error_release_of_what_is_no_model_or_layer(target):
+    with pytest.raises(TypeError, match=r"`release_inputs` takes a `keras.Model`.* Received: target="):
+        release_inputs(target)
+
+
+class Grown(keras.Model):
+    """A model whose layers all come into being when it is called first."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = keras.Sequential([keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(3, name="head")])
+
+    def call(self, inputs):
+        return self.body(inputs)
+
+
+@pytest.mark.parametrize("built", ["not", "as Keras takes it", "called"])
+@pytest.mark.parametrize("rule", [None, ".*head"])
+@pytest.mark.filterwarnings("ignore:`build.*was called on layer:UserWarning")
+def test_a_model_is_captured_as_keras_builds_it(built, rule):
+    model = Grown()
+    if built == "as Keras takes it":
+        model.build((None, 6))
+    if built == "called":
+        model(np.ones((2, 6), "float32"))
+    capture_inputs(model, include=rule)
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    fit(model, regression())
+    assert [is_captured(layer) for layer in model.body.layers] == [rule is None, True]
+
+
+def test_a_layer_captured_alone_is_looked_for_when_an_optimizer_is_made_and_not_in_calls(monkeypatch):
+    looked = []
+    living_models = keras_hooks.living_models
+    monkeypatch.setattr(keras_hooks, "living_models", lambda: looked.append(1) or living_models())
+    layer = capture_inputs(keras.layers.Dense(3))
+    assert len(looked) == 1
+    for training in (None, True, False):
+        layer(np.ones((2, 6), "float32"), training=training)
+    assert len(looked) == 1
+    model = keras.Sequential([keras.Input((6,)), layer])
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    assert len(looked) == 2
+    before = weights(model)
+    fit(model, regression())
+    assert_differ(weights(model), before)
+
+
+def test_two_models_that_share_a_layer_captured_alone():
+    shared = capture_inputs(keras.layers.Dense(3))
+    for _ in range(2):
+        model = keras.Sequential([keras.Input((6,)), shared])
+        model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+        fit(model, regression())
 
 
 @pytest.mark.parametrize("optimizer", [lambda: SGD(0.1, momentum=0.9), Adam], ids=["sgd", "adam"])
@@ -249,7 +369,10 @@ def test_include_and_exclude_by_layer():
 
 def test_error_rules_that_match_nothing():
     model = mlp()
-    with pytest.raises(ValueError, match=r"`include` matches no layer of Sequential.*hidden.*Received: include='hiden'"):
+    with pytest.raises(
+        ValueError,
+        match=r"`include` matches no layer of Sequential.* nearest: '.*hidden', '.*head'\. Received: include='hiden'",
+    ):
         capture_inputs(model, include="hiden")
     with pytest.raises(ValueError, match="`exclude` matches no layer"):
         capture_inputs(model, exclude="den")
@@ -317,18 +440,62 @@ def test_frozen_layers_train_as_frozen():
     assert_close([to_numpy(w) for w in model.layers[0].weights], before[:2])
 
 
-@pytest.mark.parametrize("copied", ["clone", "deepcopy", "pickle"])
-def test_copies_are_plain_and_the_original_stays_captured(copied):
+COPIES = {
+    "clone": keras.models.clone_model,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("options", [{}, {"include": ".*head"}], ids=str)
+@pytest.mark.parametrize("wrap", [lambda isaac: isaac, LossScaleOptimizer], ids=["isaac", "loss scale"])
+def test_copies_are_captured_as_the_model_was(copied, options, wrap):
+    model = capture_inputs(mlp(), **options)
+    model.compile(optimizer=wrap(paper_isaac(damping=0.1)), loss="mse")
+    model.optimizer.build(model.trainable_variables)
+    other = COPIES[copied](model)
+    assert [is_captured(layer) for layer in other.layers] == [not options, True]
+    other.set_weights(model.get_weights())
+    fit(model, regression())
+    fit(other, regression())
+    assert_close(weights(other), weights(model), 0)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_copies_of_a_model_without_isaac_and_of_a_released_one_are_plain(copied):
+    model = capture_inputs(mlp())
+    model.compile(optimizer="sgd", loss="mse")
+    assert not any(is_captured(layer) for layer in COPIES[copied](model).layers)
+    model.compile(optimizer=paper_isaac(), loss="mse")
+    COPIES[copied](model)
+    assert not any(is_captured(layer) for layer in COPIES[copied](release_inputs(model)).layers)
+    assert not any(is_captured(layer) for layer in model.layers)
+
+
+def test_another_choice_for_a_copy():
     model = capture_inputs(mlp())
     model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
-    copy_of = {"clone": keras.models.clone_model, "deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
-    other = copy_of[copied](model)
-    assert not any(is_captured(layer) for layer in other.layers)
-    fit(model, regression())
-    assert is_captured(model.layers[0])
-    other.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
-    with pytest.raises(ValueError, match="no captured layer took part"):
-        fit(other, regression())
+    other = capture_inputs(keras.models.clone_model(model), exclude=".*hidden")
+    fit(other, regression())
+    assert [is_captured(layer) for layer in other.layers] == [False, True]
+
+
+def test_error_of_a_copy_that_is_plain_names_the_cause():
+    model = keras.models.clone_model(capture_inputs(mlp()))
+    model.compile(optimizer=paper_isaac(), loss="mse")
+    message = r"a copy of a captured one \(`clone_model`.*capture the copy; for `SKLearnClassifier`"
+    with pytest.raises(ValueError, match=message):
+        fit(model, regression())
+
+
+def test_error_of_a_model_in_which_nothing_can_be_conditioned_names_the_reasons():
+    model = capture_inputs(keras.Sequential([keras.Input((4, 6)), keras.layers.LSTM(3)]))
+    model.compile(optimizer=paper_isaac(), loss="mse")
+    reasons = r"'.*lstm_cell/kernel' \(no conditioned form of LSTMCell\), .*recurrent_kernel"
+    message = rf"no captured layer took part in this step. All kernels of '.*' are plain: {reasons}"
+    with pytest.raises(ValueError, match=message):
+        fit(model, (np.ones((8, 4, 6)), np.ones((8, 3))))
 
 
 def test_regularizers_and_constraints_work_as_before():

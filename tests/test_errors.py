@@ -28,7 +28,10 @@ SLIPS = {
         "to the inner optimizer, and AdamW says: Argument(s) not recognized: {'lr': 0.1}",
     ),
     "argument-of-another": (lambda: ISAAC(momentum=0.9), "Another takes its place by name: `ISAAC(inner_optimizer='sgd')`"),
-    "no-such-optimizer": (lambda: ISAAC(inner_optimizer="adm"), "Could not interpret optimizer identifier: adm"),
+    "no-such-optimizer": (
+        lambda: ISAAC(inner_optimizer="adm"),
+        "its class or an instance. Did you mean 'adam' or 'nadam' or 'adamw'? Received: inner_optimizer='adm'",
+    ),
     "no-optimizer": (lambda: ISAAC(inner_optimizer=None), "`inner_optimizer` must be the name of a Keras optimizer"),
     "damping-zero": (lambda: ISAAC(damping=0), "`damping` must be a finite number above 0 or a `keras.optimizers.schedules"),
     "damping-word": (lambda: ISAAC(damping="auto"), "Received: damping='auto'"),
@@ -36,7 +39,7 @@ SLIPS = {
     "optimizer-for-a-model": (lambda: capture_inputs(ISAAC()), "(of type ISAAC)"),
     "name-for-a-path": (
         lambda: capture_inputs(mlp(), "head"),
-        "whole `layer.path`, one of: 'sequential/hidden', 'sequential/head'",
+        "whole `layer.path`. The nearest: 'sequential/head', 'sequential/hidden'. Received: include='head'",
     ),
     "glob-for-a-path": (
         lambda: capture_inputs(mlp(), "*head"),

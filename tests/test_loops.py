@@ -1,9 +1,11 @@
 """`optimizer.conditioning()` in training loops of one's own, as `examples/custom_loop.py` writes them."""
 
+import contextlib
 import sys
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 from harness import BACKEND, paper_isaac
 from keras.optimizers.schedules import PiecewiseConstantDecay
@@ -99,3 +101,142 @@ def test_the_inner_of_two_scopes_goes_first():
     with conditioning(outer), conditioning(inner):
         dampings = [float(scope.conditioning_of(layer.kernel).damping) for layer in model.layers]
     assert dampings == [1.0, 2.0]
+
+
+class Loop:
+    """A step of one's own, for each backend: compiled on JAX and TensorFlow, eager on PyTorch."""
+
+    def __init__(self, optimizer):
+        self.model, self.optimizer = capture_inputs(mlp()), optimizer
+        optimizer.build(self.model.trainable_variables)
+        self.inputs, self.targets = (keras.ops.convert_to_tensor(array) for array in regression(16))
+
+    def loss(self, outputs):
+        return keras.ops.mean(keras.ops.square(outputs - self.targets))
+
+    def step(self, scope):
+        """One step, in the scope that `scope` returns when it is given the optimizer's variables."""
+        getattr(self, f"step_{BACKEND}")(scope)
+
+    def body(self, scope):
+        """A step on JAX, of its state."""
+        import jax
+
+        def loss(trainable, optimizer_variables):
+            with scope(optimizer_variables):
+                return self.loss(self.model.stateless_call(trainable, [], self.inputs)[0])
+
+        def body(state, _):
+            trainable, optimizer_variables = state
+            gradients = jax.grad(loss)(trainable, optimizer_variables)
+            return self.optimizer.stateless_apply(optimizer_variables, gradients, trainable), None
+
+        return body
+
+    @property
+    def state(self):
+        return [v.value for v in self.model.trainable_variables], [v.value for v in self.optimizer.variables]
+
+    def step_jax(self, scope):
+        import jax
+
+        jax.jit(self.body(scope))(self.state, None)
+
+    def step_tensorflow(self, scope):
+        import tensorflow as tf
+
+        @tf.function
+        def step():
+            with tf.GradientTape() as tape, scope(None):
+                loss = self.loss(self.model(self.inputs))
+            variables = self.model.trainable_variables
+            self.optimizer.apply(tape.gradient(loss, variables), variables)
+
+        step()
+
+    def step_torch(self, scope):
+        self.model.zero_grad()
+        with scope(None):
+            loss = self.loss(self.model(self.inputs))
+        loss.backward()
+        self.optimizer.apply([v.value.grad for v in self.model.trainable_variables], self.model.trainable_variables)
+
+
+def forgotten(optimizer_variables):
+    """Stands where `conditioning()` should."""
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("wrap", [lambda isaac: isaac, keras.optimizers.LossScaleOptimizer], ids=["isaac", "loss scale"])
+def test_error_in_each_step_that_forgets_the_scope(wrap):
+    isaac = paper_isaac()
+    loop = Loop(wrap(isaac))
+
+    def scope(optimizer_variables):
+        return isaac.conditioning(optimizer_variables and optimizer_variables[-len(isaac.variables) :])
+
+    loop.step(scope)
+    loop.step(scope)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"compute the loss inside `with optimizer.conditioning\(\):`"):
+            loop.step(forgotten)
+    loop.step(scope)
+    # To look at the outputs in between is no step.
+    loop.model(loop.inputs)
+    loop.model(loop.inputs, training=False)
+    loop.step(scope)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="`scan` is JAX's")
+def test_error_of_a_scan_that_forgets_the_scope():
+    import jax
+
+    optimizer = paper_isaac()
+    loop = Loop(optimizer)
+    (trainable, _), _ = jax.lax.scan(loop.body(optimizer.conditioning), loop.state, length=3)
+    assert_differ([np.asarray(value) for value in trainable], weights(loop.model))
+    with pytest.raises(ValueError, match="no captured layer took part in this step"):
+        jax.lax.scan(loop.body(forgotten), loop.state, length=3)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="an eager step runs Python as a whole")
+def test_gradients_that_were_compiled_apart_are_applied_again_and_again():
+    """Python sees the forward pass once, and no error comes of that."""
+    optimizer = paper_isaac(damping=0.1)
+    loop = Loop(optimizer)
+    variables = loop.model.trainable_variables
+    if BACKEND == "jax":
+        import jax
+
+        def loss(trainable, optimizer_variables):
+            with optimizer.conditioning(optimizer_variables):
+                return loop.loss(loop.model.stateless_call(trainable, [], loop.inputs)[0])
+
+        gradients = jax.jit(jax.grad(loss))
+    else:
+        import tensorflow as tf
+
+        @tf.function
+        def gradients(_, __):
+            with tf.GradientTape() as tape, optimizer.conditioning():
+                loss = loop.loss(loop.model(loop.inputs))
+            return tape.gradient(loss, variables)
+
+    losses = []
+    for _ in range(4):
+        optimizer.apply(gradients(*loop.state), variables)
+        losses.append(float(loop.loss(loop.model(loop.inputs))))
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_several_forward_passes_a_step_and_several_applies_a_pass():
+    if BACKEND == "jax":
+        pytest.skip("JAX is stateless")
+    optimizer = paper_isaac()
+    loop = Loop(optimizer)
+    for _ in range(2):
+        with optimizer.conditioning():
+            loop.model(loop.inputs)
+            loop.model(loop.inputs)
+        for variable in loop.model.trainable_variables:
+            optimizer.apply([variable.value * 0], [variable])

@@ -235,8 +235,63 @@ def test_error_only_frozen_layers_captured():
         model.layers[0].trainable = False
         capture_inputs(model, include=model.layers[0])
 
-    with pytest.raises(ValueError, match="see that a captured layer is trainable"):
+    with pytest.raises(ValueError, match=r"'sequential/head/kernel' \(not captured\), 'sequential/hidden/kernel' \(frozen\)"):
         trained(paper_isaac(), capture_frozen)
+
+
+def test_compile_by_name():
+    model = capture_inputs(mlp())
+    model.compile(optimizer="isaac", loss="mse")
+    assert type(model.optimizer) is ISAAC
+    fit(model, regression())
+
+
+WRAPPERS = {"isaac": lambda isaac: isaac, "loss scale": LossScaleOptimizer}
+if hasattr(keras.optimizers, "MultiOptimizer"):
+    WRAPPERS["several"] = lambda isaac: keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(SGD(0.1), {".*": isaac}))
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("swap_on_epoch", [False, True])
+def test_callbacks_see_the_moving_average_inside_other_optimizers(wrapper, swap_on_epoch):
+    """The average of the weights is evaluated: that of the inner optimizer."""
+
+    def history(optimizer, capture):
+        model = capture(mlp())
+        model.compile(optimizer=WRAPPERS[wrapper](optimizer), loss="mse")
+        callbacks = [keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)]
+        history = fit(model, regression(), epochs=3, validation_data=regression(16, seed=1), callbacks=callbacks)
+        return [np.asarray(history.history["val_loss"]), *weights(model)]
+
+    plain = history(SGD(0.1, use_ema=True, ema_momentum=0.5), lambda model: model)
+    assert_close(history(paper_isaac(0.1, 1e8, use_ema=True, ema_momentum=0.5), capture_inputs), plain, 1e-5)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_callbacks_say_that_there_is_no_moving_average(wrapper):
+    model = capture_inputs(mlp())
+    model.compile(optimizer=WRAPPERS[wrapper](paper_isaac()), loss="mse")
+    with pytest.raises(ValueError, match=r"SwapEMAWeights must be used when .*use_ema=True"):
+        fit(model, regression(), validation_data=regression(16), callbacks=[keras.callbacks.SwapEMAWeights()])
+
+
+@pytest.mark.parametrize("learning_rate", [0.25, ExponentialDecay(0.5, 10, 0.5)], ids=["number", "schedule"])
+@pytest.mark.parametrize("by_instance", [False, True])
+def test_the_config_shows_the_learning_rate_and_takes_another(learning_rate, by_instance):
+    isaac = ISAAC(inner_optimizer=Adam(learning_rate)) if by_instance else ISAAC(learning_rate)
+    config = isaac.get_config()
+    assert config["learning_rate"] == isaac.inner_optimizer.get_config()["learning_rate"]
+    assert float(to_numpy(ISAAC.from_config({**config, "learning_rate": 0.125}).learning_rate)) == 0.125
+
+
+def test_the_config_names_a_class_that_every_backend_has():
+    config = ISAAC().get_config()["inner_optimizer"]
+    assert (config["module"], config["class_name"], config["registered_name"]) == ("keras.optimizers", "AdamW", None)
+
+    class AdamW(keras.optimizers.AdamW):
+        """Somebody's own."""
+
+    assert ISAAC(inner_optimizer=AdamW()).get_config()["inner_optimizer"]["module"] != "keras.optimizers"
 
 
 @needs_multi

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import os
 import pickle
 import subprocess
 import sys
@@ -106,8 +107,7 @@ def test_model_checkpoint_of_the_best_epoch(only_weights, tmp_path):
         loaded.load_weights(path)
     else:
         loaded = keras.models.load_model(path)
-        assert [status.reason for status in kernel_status(loaded)] == ["not captured"] * 2
-        capture_inputs(loaded)
+        assert [status.reason for status in kernel_status(loaded)] == [None] * 2
     assert_close(state(loaded), state(expected), 0)
     fit(loaded, data)
     fit(expected, data)
@@ -196,14 +196,13 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda thing: pickle.loads(pickle
 
 
 @pytest.mark.parametrize(("copied", "optimizer"), [("deepcopy", "adam"), *(("pickle", optimizer) for optimizer in OPTIMIZERS)])
-def test_a_copy_of_a_fitted_model_is_plain_and_goes_on_bit_for_bit(copied, optimizer):
+def test_a_copy_of_a_fitted_model_is_captured_and_goes_on_bit_for_bit(copied, optimizer):
     model = compiled(optimizer)
     for _ in range(3):
         model.train_on_batch(*regression(16))
     other = COPIES[copied](model)
-    assert [status.reason for status in kernel_status(other)] == ["not captured"] * 2
+    assert [status.reason for status in kernel_status(other)] == [None] * 2
     assert_close(state(other), state(model), 0)
-    capture_inputs(other)
     for _ in range(3):
         model.train_on_batch(*regression(16))
     assert_differ(weights(other), weights(model))
@@ -224,14 +223,13 @@ def test_a_copy_of_an_optimizer_is_as_configured(copied, optimizer):
     assert other.get_config() == model.optimizer.get_config()
 
 
-def test_a_clone_is_plain_and_trains_as_the_original_once_captured():
+def test_a_clone_trains_as_the_original():
     model = compiled("adam")
     fit(model, regression())
     clone = keras.models.clone_model(model)
     assert clone.get_config() == model.get_config()
-    assert [status.reason for status in kernel_status(clone)] == ["not captured"] * 2
+    assert [status.reason for status in kernel_status(clone)] == [None] * 2
     clone.set_weights(mlp().get_weights())
-    capture_inputs(clone).compile(optimizer=eval(OPTIMIZERS["adam"]), loss="mse")
     fit(clone, regression())
     assert_close(weights(clone), weights(model), 0)
 
@@ -243,3 +241,49 @@ def test_weight_files_do_not_know_of_capturing(direction, tmp_path):
     source.save_weights(tmp_path / "file.weights.h5")
     target.load_weights(tmp_path / "file.weights.h5")
     assert_close(weights(target), weights(source), 0)
+
+
+def test_a_model_loaded_without_compiling_is_plain(tmp_path):
+    compiled("adam").save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    assert [status.reason for status in kernel_status(loaded)] == ["not captured"] * 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("compiled_too", [True, False])
+def test_a_legacy_file_trains_on(compiled_too, tmp_path):
+    """Keras builds the optimizer in such a file for no variables."""
+    model, data = capture_inputs(mlp()), regression(16)
+    model.compile(optimizer=paper_isaac(damping=0.1), loss=keras.losses.MeanSquaredError())
+    fit(model, data)
+    model.save(tmp_path / "model.h5")
+    loaded = capture_inputs(keras.models.load_model(tmp_path / "model.h5", compile=compiled_too))
+    if not compiled_too:
+        loaded.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    fit(model, data)
+    fit(loaded, data)
+    assert_close(weights(loaded), weights(model), 1e-6)
+
+
+OTHERS = [name for name in ("jax", "tensorflow", "torch") if name != BACKEND and importlib.util.find_spec(name)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", OTHERS)
+def test_a_saved_model_resumes_on_another_backend(backend, tmp_path):
+    model = compiled("adam")
+    fit(model, regression())
+    model.save(tmp_path / "model.keras")
+    script = (
+        "import sys, keras; from models import fit, regression\n"
+        "model = keras.models.load_model(sys.argv[1]); fit(model, regression()); model.save_weights(sys.argv[2])"
+    )
+    files = [str(tmp_path / "model.keras"), str(tmp_path / "other.weights.h5")]
+    command = [sys.executable, "-W", "ignore", "-c", "import keras_isaac; " + script, *files]
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    fit(model, regression())
+    other = compiled("adam")
+    other.load_weights(tmp_path / "other.weights.h5")
+    assert_close(weights(other), weights(model), 1e-5)

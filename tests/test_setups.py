@@ -684,3 +684,86 @@ def test_scikit_learn_classifier():
     isaac = classifier(lambda: paper_isaac(1.0, 0.1)).fit(inputs, labels)
     assert_differ(weights(isaac.model_), plain, 1e-2)
     assert isaac.score(inputs, labels) > 0.9
+
+
+def test_scikit_learn_classifier_of_a_captured_model():
+    """Scikit-learn's wrapper trains a copy of it."""
+    pytest.importorskip("sklearn")
+    inputs, targets = regression(64)
+    labels = np.argmax(targets, axis=-1)
+    model = capture_inputs(mlp())
+    model.compile(optimizer=paper_isaac(0.3, 0.1), loss=keras.losses.CategoricalCrossentropy(from_logits=True))
+    fitted = keras.wrappers.SKLearnClassifier(model, fit_kwargs={"epochs": 2, "verbose": 0}).fit(inputs, labels)
+    assert [status.reason for status in kernel_status(fitted.model_)] == [None] * 2
+
+
+# Building is the user's and Keras'.
+
+
+class Diffusion(OwnStep, keras.Model):
+    """Called with two inputs, and in its step only: nobody else can build it."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def call(self, image, time):
+        return self.dense(ops.concatenate([image, time], axis=-1))
+
+    @property
+    def network(self):
+        return lambda image, training: self(image, image[:, :1])
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="other backends build a model before its first step")
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_a_model_that_only_its_own_step_can_call(run_eagerly):
+    def after(optimizer, capture):
+        keras.utils.set_random_seed(0)
+        model = capture(Diffusion())
+        model.compile(optimizer=optimizer, run_eagerly=run_eagerly)
+        fit(model, regression(32))
+        return weights(model)
+
+    plain = after(SGD(0.1), lambda model: model)
+    assert_close(after(paper_isaac(0.1, HUGE), capture_inputs), plain, 1e-5)
+    assert_differ(after(paper_isaac(0.1, 0.1), capture_inputs), plain, 1e-3)
+
+
+class Teacher(keras.Model):
+    """Meets a layer in its loss that its `call` does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.student = keras.Sequential([layers.Dense(3)])
+        self.teacher = layers.Dense(3)
+
+    def call(self, inputs):
+        return self.student(inputs)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return ops.mean(ops.square(self.teacher(x) - y_pred))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="other backends build all variables before the first step")
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.filterwarnings("ignore:`build.*was called on layer:UserWarning")
+def test_variables_that_come_into_being_after_the_call(built, several, run_eagerly):
+    def after(optimizer, capture):
+        keras.utils.set_random_seed(0)
+        model = Teacher()
+        if built:
+            model.build((None, 6))
+        if several:
+            optimizer = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(SGD(0.1), {".*": optimizer}))
+        model = capture(model)
+        model.compile(optimizer=optimizer, run_eagerly=run_eagerly)
+        fit(model, regression(32))
+        return weights(model)
+
+    plain = after(SGD(0.1), lambda model: model)
+    assert len(plain) == 4
+    assert_close(after(paper_isaac(0.1, HUGE), capture_inputs), plain, 1e-5)
+    assert_differ(after(paper_isaac(0.1, 0.1), capture_inputs), plain, 1e-3)

@@ -4,37 +4,13 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import keras
 from keras import ops
 
 from keras_isaac.backend import layout
 from keras_isaac.curvature import operations, plan
 from keras_isaac.curvature.record import KernelCall
 from keras_isaac.curvature.rows import sampled_rows
-
-
-def call_with(layer, values, *args, **kwargs):
-    """Returns the layer's own `call`, with tensors in the place of some of its variables.
-
-    Args:
-        layer: the layer.
-        values: list of pairs of a variable and a tensor.
-        *args: arguments of `call`.
-        **kwargs: keyword arguments of `call`.
-    """
-    replaced = {id(variable): value for variable, value in values}
-    before = [(variable, replaced.get(id(variable), variable.value)) for variable in layer.variables]
-    with keras.StatelessScope(before, collect_losses=True) as stateless:
-        values = [stateless.get_current_value(variable) for variable in layer.variables]
-        outputs = type(layer).call(layer, *args, **kwargs)
-    # What the call did beside its result is the layer's to keep.
-    for variable, value in zip(layer.variables, values, strict=True):
-        after = stateless.get_current_value(variable)
-        if after is not value:
-            variable.assign(after)
-    for loss in stateless.losses:
-        layer.add_loss(loss)
-    return outputs
+from keras_isaac.keras_hooks import call_with, mask_of  # noqa: F401 (adapters take them from here)
 
 
 def as_dense(inputs):
@@ -215,56 +191,3 @@ def bias_and_activation(layer, outputs, data_format="channels_last"):
             bias = ops.reshape(bias, (1, -1, *(1 for _ in outputs.shape[2:])))
         outputs = ops.add(outputs, bias)
     return outputs if layer.activation is None else layer.activation(outputs)
-
-
-class _MaskReader(keras.layers.Layer):
-    """Shows the mask that Keras carries with its input."""
-
-    def __init__(self, show):
-        super().__init__(autocast=False)
-        self.show = show
-        self.supports_masking = True
-
-    def call(self, inputs, mask=None):
-        self.show(mask)
-        return inputs
-
-
-class _MaskGiver(keras.layers.Layer):
-    """Has Keras carry a mask with its output."""
-
-    def __init__(self, mask):
-        super().__init__(autocast=False)
-        self.mask = mask
-        self.supports_masking = True
-
-    def call(self, inputs):
-        return inputs
-
-    def compute_mask(self, inputs, previous_mask):
-        return self.mask
-
-
-# A JAX tracer takes no attributes. Keras keeps its mask elsewhere, and hands it to a layer that asks or takes it from one that
-# has it. Such a layer is not to be computed again, lest the mask stay in there.
-
-
-def mask_of(inputs):
-    """Returns the mask that Keras carries with a tensor, or `None`."""
-    if keras.backend.backend() != "jax":
-        return getattr(inputs, "_keras_mask", None)
-    masks = []
-    with keras.RematScope(mode=None):
-        _MaskReader(masks.append)(inputs)
-    return masks[0]
-
-
-def with_mask(inputs, mask):
-    """Returns `inputs`, with which Keras carries `mask`; as they are if that is `None`."""
-    if mask is None:
-        return inputs
-    if keras.backend.backend() != "jax":
-        inputs._keras_mask = mask
-        return inputs
-    with keras.RematScope(mode=None):
-        return _MaskGiver(mask)(inputs)
