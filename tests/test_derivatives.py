@@ -1,6 +1,7 @@
 """Losses that hold derivatives by the inputs: every part of a kernel's gradient is conditioned, once, under any transform."""
 
 import numpy as np
+import oracle
 import pytest
 from cases import CASES, Case, data, dense, expected_gradient
 from harness import BACKEND, paper_isaac, to_numpy
@@ -197,3 +198,94 @@ def test_forward_mode_over_forward_and_reverse_mode(case):
         return ops.square(second)
 
     check(layer, inputs, loss, case.read(layer, inputs))
+
+
+@pytest.mark.parametrize("rows", [2, 11], ids=["fewer-rows", "more-rows"])
+@pytest.mark.parametrize("options", [{}, {"preserve_norm": True}], ids=["", "norm"])
+def test_a_mapped_call_is_conditioned_on_its_own_rows(rows, options):
+    layer, _, _ = data(Case("", lambda: layers.Dense(5, use_bias=False), (rows, 7), dense))
+    random = np.random.default_rng(1)
+    inputs, cotangent = (random.normal(size=(3, rows, size)).astype("float32") for size in (7, 5))
+    optimizer = paper_isaac(damping=DAMPING, **options)
+    optimizer.build(layer.trainable_variables)
+    capture_inputs(layer)
+    weights = ops.convert_to_tensor(cotangent)
+
+    def loss(call, x):
+        return ops.sum(ops.vectorized_map(call, x) * weights)
+
+    if BACKEND == "tensorflow" and options:
+        with pytest.raises(ValueError, match=r"`tf.vectorized_map` keeps no custom gradient"):
+            gradients(layer, inputs, loss, optimizer)
+        return
+    plain = [x.T.astype("float64") @ y for x, y in zip(inputs, cotangent, strict=True)]
+    expected = sum(oracle.condition(x, each, DAMPING) for x, each in zip(inputs, plain, strict=True))
+    if "preserve_norm" in options:
+        # That of the kernel's whole gradient.
+        expected *= np.linalg.norm(sum(plain)) / np.linalg.norm(expected)
+    assert relative_error(gradients(layer, inputs, loss, optimizer)[0], expected) < 5e-5
+
+
+def transforms():
+    """Each of the backend's transforms of a scalar function of the inputs, as a function that returns a tensor."""
+    if BACKEND == "jax":
+        import jax
+
+        return {
+            "grad": jax.grad,
+            "hessian": jax.hessian,
+            "jacrev": lambda f: jax.jacrev(jax.grad(f)),
+            "jacfwd": lambda f: jax.jacfwd(jax.jacfwd(f)),
+            "checkpoint": lambda f: jax.grad(jax.checkpoint(f)),
+            "vmap of grad": lambda f: lambda x: jax.vmap(jax.grad(f))(x[:, None]),
+            "hvp": lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (x,))[1],
+        }
+    if BACKEND == "torch":
+        from torch import func
+
+        return {
+            "grad": func.grad,
+            "hessian": func.hessian,
+            "jacrev": lambda f: func.jacrev(func.grad(f)),
+            "jacfwd": lambda f: func.jacfwd(func.jacfwd(f)),
+            "vjp": lambda f: lambda x: func.vjp(f, x)[1](ops.ones(()))[0],
+            "vmap of grad": lambda f: lambda x: func.vmap(func.grad(f))(x[:, None]),
+            "hvp": lambda f: lambda x: func.jvp(func.grad(f), (x,), (x,))[1],
+        }
+    import tensorflow as tf
+
+    def jacobian(f):
+        def of(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                first = by_inputs(f, x)
+            return tape.jacobian(first, x)
+
+        return of
+
+    return {"jacobian": jacobian}
+
+
+@pytest.mark.parametrize("transform", transforms())
+@pytest.mark.parametrize("num", [3, 9], ids=["fewer-rows", "more-rows"])
+def test_a_transform_gives_the_plain_derivative_and_a_conditioned_gradient(transform, num):
+    layer, inputs, _ = data(Case("", lambda: layers.Dense(4, use_bias=False), (num, 7), dense))
+    of = transforms()[transform]
+
+    def loss(call, x):
+        return ops.sum(ops.square(of(lambda x: ops.sum(ops.tanh(call(x))))(x)))
+
+    if transform == "vmap of grad":
+        # Each row alone.
+        reading = [dense(layer, row[None])["kernel"][0][0] for row in inputs]
+        assert len(reading) == num
+        optimizer = paper_isaac(damping=1e8)
+        optimizer.build(layer.trainable_variables)
+        plain = gradients(layer, inputs, loss)
+        conditioned = gradients(capture_inputs(layer), inputs, loss, optimizer)
+        assert relative_error(conditioned[0], plain[0]) < 1e-5
+        optimizer = paper_isaac(damping=DAMPING)
+        optimizer.build(layer.trainable_variables)
+        assert np.sum(gradients(layer, inputs, loss, optimizer)[0] * plain[0]) > 0
+    else:
+        check(layer, inputs, loss, dense(layer, inputs))

@@ -99,8 +99,17 @@ def _damped(matrix, total, damping, floor):
     return matrix + tf.maximum(damping, epsilon * floor * total + _TINY) * identity, identity
 
 
+def _is_mapped():
+    """Whether this is traced for `tf.vectorized_map`, which keeps no custom gradient."""
+    return not tf.executing_eagerly() and "loop_body" in tf.get_current_name_scope().split("/")
+
+
 def gate(kernel, twin, residuals, condition):
     """Returns `kernel`, whose gradient passes a symmetric linear map."""
+    if _is_mapped() and twin is None:
+        # The same in operations whose gradients are kept: the map's own is the map.
+        conditioned = condition(tf.convert_to_tensor(kernel), *residuals)
+        return tf.stop_gradient(kernel - conditioned) + conditioned
 
     def gradients(output_gradient, kernel, twin):
         return condition(output_gradient, *residuals), output_gradient
@@ -110,6 +119,8 @@ def gate(kernel, twin, residuals, condition):
 
 def product(rows, kernel, twin, residuals, functions):
     """Returns `rows @ kernel`, whose kernel's gradient is conditioned."""
+    if _is_mapped():
+        return tf.matmul(rows, functions.gate(kernel, twin, rows, *residuals))
 
     def gradients(output_gradient, rows, kernel, twin):
         transposed = tf.linalg.matrix_transpose(rows)
@@ -130,6 +141,12 @@ def product(rows, kernel, twin, residuals, functions):
 
 def with_gradients(function, gradients, *tensors):
     """Returns `function(*tensors)`, with `gradients(output_gradients, *tensors)` for its gradients."""
+    if _is_mapped():
+        raise ValueError(
+            "`tf.vectorized_map` keeps no custom gradient, so that a layer inside of it cannot be conditioned with "
+            "`preserve_norm=True` or an `output_damping`, nor a recurrent one. Write `ISAAC(preserve_norm=False, "
+            "output_damping=None)`, or leave that layer out: `capture_inputs(model, exclude=layer)`."
+        )
     given = [tensor is not None for tensor in tensors]
 
     def completed(present):

@@ -187,10 +187,16 @@ def _sum_of(*tangents):
     return functools.reduce(torch.add, tangents) if tangents else None
 
 
+def _mapped(tensor, axis, size):
+    """Returns a tensor with the axis that `torch.func.vmap` maps in front."""
+    if tensor is None or (axis is None and tensor.ndim == 0):
+        return tensor
+    tensor = tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+    return tensor[:, None, None] if tensor.ndim == 1 else tensor
+
+
 @_with_fast_path
 class _gate(torch.autograd.Function):  # noqa: N801 (a function to whoever calls it)
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(condition, kernel, twin, *residuals):
         return kernel.view_as(kernel)
@@ -211,6 +217,12 @@ class _gate(torch.autograd.Function):  # noqa: N801 (a function to whoever calls
         if kernel_tangent is not None:
             kernel_tangent = ctx.condition(kernel_tangent, *ctx.saved_tensors)
         return _sum_of(kernel_tangent, twin_tangent)
+
+    @staticmethod
+    def vmap(info, axes, condition, *tensors):
+        # The kernel is mapped where only the rows are: each has a gradient of its own to condition.
+        tensors = (_mapped(tensor, axis, info.batch_size) for tensor, axis in zip(tensors, axes[1:], strict=True))
+        return _gate(condition, *tensors), 0
 
 
 def gate(kernel, twin, residuals, condition):

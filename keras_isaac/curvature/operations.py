@@ -4,9 +4,9 @@ Every path from a loss to a kernel, derivatives by the inputs included, goes thr
 and an output damping they are linear in the gradient, and have a forward mode.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 from keras import ops
 
@@ -15,7 +15,8 @@ from keras_isaac.curvature import conditioner
 from keras_isaac.curvature.rows import spread
 
 
-class ProductFunctions(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ProductFunctions:
     """What `backend.product` does beside multiplying; each function ends with the residuals.
 
     Args:
