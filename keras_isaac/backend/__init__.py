@@ -10,6 +10,7 @@ Products and inverses:
 - `damped_projection(matrix, total, damping, rows)`: λ (λI + M)⁻¹ X, `total` being tr(M).
 - `damped_inverse(matrix, total, damping)`: (λI + M)⁻¹.
 - `damped_inverse_root(matrix, total, damping, rows)`: RF with RᵀR = (λI + M)⁻¹, R the inverse of the Cholesky factor.
+- `transpose(matrix)`, `stop_gradient(tensor)`: as in `keras.ops`.
 - `constant(array)`: a tensor of a NumPy array.
 - `clip(tensor, minimum, maximum)`: the tensor, its values held between two numbers, which are not copied to the device.
 - `segment_sum(values, segments, num_segments)`: the sums of the values of each segment.
@@ -57,6 +58,8 @@ matmul = _backend.matmul
 product = _backend.product
 relative_damping = _backend.relative_damping
 segment_sum = _backend.segment_sum
+stop_gradient = _backend.stop_gradient
 trace = _backend.trace
 trace_of_gram = _backend.trace_of_gram
+transpose = _backend.transpose
 with_gradients = _backend.with_gradients

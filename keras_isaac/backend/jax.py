@@ -14,6 +14,12 @@ _TINY = 1e-37
 
 constant = jnp.asarray
 clip = jnp.clip
+stop_gradient = jax.lax.stop_gradient
+
+
+def transpose(matrix):
+    """Returns a matrix `[..., m, n]` transposed."""
+    return jnp.swapaxes(matrix, -2, -1)
 
 
 def segment_sum(values, segments, num_segments):
@@ -143,8 +149,7 @@ def product(rows, kernel, twin, residuals, functions):
             # What reaches the kernel through the derivative of the inputs is conditioned too.
             parts.append(rows_tangent @ functions.gate(kernel, twin, rows, *residuals))
         if not _is_zero(kernel_tangent):
-            projected = functions.project(rows, *residuals)
-            parts.append(projected @ kernel_tangent.astype(projected.dtype))
+            parts.append(functions.tangent(rows, kernel_tangent, *residuals))
         if not _is_zero(twin_tangent):
             parts.append(rows @ twin_tangent)
         return outputs, _sum_of(outputs, *parts)

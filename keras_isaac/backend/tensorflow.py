@@ -10,6 +10,8 @@ _TINY = 1e-37  # Stands in for a damping and a matrix that are both zero in floa
 
 constant = tf.convert_to_tensor
 segment_sum = tf.math.unsorted_segment_sum
+stop_gradient = tf.stop_gradient
+transpose = tf.linalg.matrix_transpose
 
 
 def clip(tensor, minimum, maximum=None):

@@ -31,6 +31,19 @@ def constant(array):
 clip = torch.clamp
 
 
+# Keras' own functions take longer than these.
+
+
+def stop_gradient(tensor):
+    """Returns `tensor`, through which no gradient flows."""
+    return tensor.detach()
+
+
+def transpose(matrix):
+    """Returns a matrix `[..., m, n]` transposed."""
+    return matrix.mT
+
+
 def segment_sum(values, segments, num_segments):
     """Returns the sums of the values of each segment, `[num_segments]`; that of Keras reads the segments on the host."""
     return torch.zeros(num_segments, dtype=values.dtype, device=values.device).index_add(0, segments, values)
@@ -265,8 +278,7 @@ class _product(torch.autograd.Function):  # noqa: N801
         if rows_tangent is not None:
             parts.append(rows_tangent @ ctx.functions.gate(kernel, twin, rows, *residuals))
         if kernel_tangent is not None:
-            projected = ctx.functions.project(rows, *residuals)
-            parts.append((projected @ kernel_tangent.to(projected.dtype)).to(rows.dtype))
+            parts.append(ctx.functions.tangent(rows, kernel_tangent, *residuals).to(rows.dtype))
         if twin_tangent is not None:
             parts.append(rows @ twin_tangent)
         return _sum_of(*parts)

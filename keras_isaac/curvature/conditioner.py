@@ -6,7 +6,7 @@ With X the input rows of a layer `[..., rows, in]`, G the gradient with respect 
 
     ζ* = λ (λI + XᵀX/r)⁻¹ ∇      (r rows; λ is the damping, λ_a in the paper)
 
-and, by the push-through identity, ζ* = (P X)ᵀ G with P = λ (λI + XXᵀ/r)⁻¹. Leading axes are independent groups.
+and, by the push-through identity, ζ* = Xᵀ P G with P = λ (λI + XXᵀ/r)⁻¹. Leading axes are independent groups.
 
 With a finite output damping (λ_g in the paper, Remark 4) the other side is conditioned alike, by the empirical Fisher matrix:
 
@@ -19,6 +19,8 @@ All is computed in float32, or in float64 for float64 rows, and in full precisio
 not finite, neither is the result.
 """
 
+import functools
+
 import keras
 from keras import ops
 
@@ -29,29 +31,54 @@ from keras_isaac.backend import (
     damped_projection,
     matmul,
     relative_damping,
+    stop_gradient,
     trace_of_gram,
+    transpose,
 )
 
 
-def projected_rows(rows, damping, is_relative=False):
-    """Returns P X, which takes the place of X in the kernel's gradient `XᵀG`: the sample side.
+def sample_side(rows, output_gradient, damping, is_relative=False):
+    """Returns ζ* = XᵀPG, the gradient of the kernel in `rows @ kernel`: the sample side.
 
     Args:
         rows: tensor `[..., rows, in]` (X).
+        output_gradient: tensor `[..., rows, out]` (G).
         damping: scalar tensor (λ). Below what the dtype can resolve it is raised inside the inverse, so that a vanishing
             damping tends to the pseudo-inverse.
         is_relative: boolean, whether the damping is in units of the mean eigenvalue.
 
     Returns:
-        Tensor `[..., rows, in]`, float32 or float64. Where XXᵀ overflows (rows beyond 1e18), it vanishes.
+        Tensor `[..., in, out]`, float32 or float64. Where XXᵀ overflows (rows beyond 1e18), it vanishes.
     """
-    rows, damping = in_full_precision(rows, damping)
+    rows, output_gradient, damping = in_full_precision(rows, output_gradient, damping)
+    gram = _sample_gram(rows, damping, is_relative)
+    # P is multiplied into the narrower of the two factors.
+    if rows.shape[-1] <= output_gradient.shape[-1]:
+        return transpose(damped_projection(*gram, rows)) @ output_gradient
+    return transpose(rows) @ damped_projection(*gram, output_gradient)
+
+
+def sample_side_tangent(rows, kernel_tangent, damping, is_relative=False):
+    """Returns P X dW, the tangent of `rows @ kernel` for a tangent `[..., in, out]` of the kernel. Its transpose is XᵀPG."""
+    rows, kernel_tangent, damping = in_full_precision(rows, kernel_tangent, damping)
+    gram = _sample_gram(rows, damping, is_relative)
+    if rows.shape[-1] <= kernel_tangent.shape[-1]:
+        return damped_projection(*gram, rows) @ kernel_tangent
+    matrix, total, damping = gram
+    return matmul(damping * damped_inverse(matrix, total, damping), rows @ kernel_tangent)
+
+
+def _sample_gram(rows, damping, is_relative):
+    """Returns XXᵀ, its trace, and the damping beside it.
+
+    P = λ (λI + XXᵀ/r)⁻¹ is formed from them. The authors form it as `I - M (λI + M)⁻¹`, which is the same matrix, but loses its
+    digits as λ falls.
+    """
     # The curvature is a constant of the step: no derivative is taken of it.
-    constant_rows = ops.stop_gradient(rows)
-    gram = matmul(constant_rows, _transpose(constant_rows))
-    total = trace_of_gram(constant_rows, gram)
-    # The authors form P as `I - M (λI + M)⁻¹`, which is the same matrix, but loses its digits as λ falls.
-    return damped_projection(gram, total, _summed_damping(total, damping, rows, None, is_relative), rows)
+    rows = stop_gradient(rows)
+    gram = matmul(rows, transpose(rows))
+    total = trace_of_gram(rows, gram)
+    return gram, total, _summed_damping(total, damping, rows, None, is_relative)
 
 
 def condition(gradient, rows, damping, num_rows=None, is_relative=False):
@@ -74,7 +101,7 @@ def condition(gradient, rows, damping, num_rows=None, is_relative=False):
     rows, gradient, damping = in_full_precision(rows, gradient, damping)
     if num_rows is not None:
         num_rows = clip(ops.cast(num_rows, rows.dtype), 1)
-    arguments = (gradient, ops.stop_gradient(rows), damping, num_rows, is_relative)
+    arguments = (gradient, stop_gradient(rows), damping, num_rows, is_relative)
     result = if_at_most(rows.shape[-1] - 1, rows, lambda: _woodbury(*arguments), lambda: _feature_side(*arguments))
     return cast(result, dtype)
 
@@ -82,17 +109,17 @@ def condition(gradient, rows, damping, num_rows=None, is_relative=False):
 def _woodbury(gradient, rows, damping, num_rows, is_relative):
     """Returns ∇ - (RF)ᵀ RF∇ with RᵀR = (sλI + FFᵀ)⁻¹, for few rows."""
     # Subtracts two nearly equal terms, so it is inaccurate where λ shrinks the gradient below float precision.
-    gram = matmul(rows, _transpose(rows))
+    gram = matmul(rows, transpose(rows))
     # The root keeps the digits that the inverse loses where rows all but depend on each other: the inverse itself would leave
     # noise as long as the gradient. Where FFᵀ is not finite, the gradient stays as it is; one that is not finite does so too.
     total = trace_of_gram(rows, gram)
     whitened = damped_inverse_root(gram, total, _summed_damping(total, damping, rows, num_rows, is_relative), rows)
-    return gradient - matmul(_transpose(whitened), matmul(whitened, gradient))
+    return gradient - matmul(transpose(whitened), matmul(whitened, gradient))
 
 
 def _feature_side(gradient, rows, damping, num_rows, is_relative):
     """Returns sλ (sλI + FᵀF)⁻¹ ∇, for many rows."""
-    gram = matmul(_transpose(rows), rows)
+    gram = matmul(transpose(rows), rows)
     total = trace_of_gram(rows, gram)
     damping = _summed_damping(total, damping, rows, num_rows, is_relative)
     return matmul(damping * damped_inverse(gram, total, damping), gradient)
@@ -100,7 +127,7 @@ def _feature_side(gradient, rows, damping, num_rows, is_relative):
 
 def condition_outputs(gradient, output_gradient, damping, num_rows=None, is_relative=False):
     """Returns ∇ μ (μI + GᵀG/r)⁻¹: as `condition`, on the outputs' axis `[..., in, out]` by rows `[..., rows, out]`."""
-    return _transpose(condition(_transpose(gradient), output_gradient, damping, num_rows, is_relative))
+    return transpose(condition(transpose(gradient), output_gradient, damping, num_rows, is_relative))
 
 
 def with_norm_of(gradient, conditioned):
@@ -134,15 +161,13 @@ def _summed_damping(total, damping, rows, num_rows, is_relative):
 
 def in_full_precision(rows, *others):
     """Returns the tensors in float64 if the first one is, and else in float32."""
-    dtype = "float64" if keras.backend.standardize_dtype(rows.dtype) == "float64" else "float32"
+    dtype = "float64" if _name_of(rows.dtype) == "float64" else "float32"
     return [cast(tensor, dtype) for tensor in (rows, *others)]
 
 
 def cast(tensor, dtype):
     """Returns a tensor in a dtype; eager PyTorch is spared the call where it has that already."""
-    is_cast = tensor.dtype == dtype or keras.backend.standardize_dtype(tensor.dtype) == dtype
-    return tensor if is_cast else ops.cast(tensor, dtype)
+    return tensor if _name_of(tensor.dtype) == _name_of(dtype) else ops.cast(tensor, dtype)
 
 
-def _transpose(matrix):
-    return ops.swapaxes(matrix, -2, -1)
+_name_of = functools.cache(keras.backend.standardize_dtype)

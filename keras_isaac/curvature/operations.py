@@ -20,12 +20,12 @@ class ProductFunctions:
     """What `backend.product` does beside multiplying; each function ends with the residuals.
 
     Args:
-        project: function of `rows`, which returns P X.
+        tangent: function of `rows` and a tangent of the kernel, which returns that of the product.
         condition: function of `rows` and the gradient of their product, which returns the kernel's, conditioned.
         gate: function of `kernel`, `twin` and `rows`, which returns the kernel with its gradient conditioned.
     """
 
-    project: Callable
+    tangent: Callable
     condition: Callable
     gate: Callable
 
@@ -41,7 +41,7 @@ def conditioned_kernel(kernel, twin, rows, damping, num_rows=None, *, is_relativ
         num_rows: tensor that broadcasts to `[..., 1, 1]`, how many of the rows count, where others are zero. `None`: all count.
         is_relative: boolean, whether the damping is in units of the mean eigenvalue.
     """
-    residuals = (ops.stop_gradient(rows), damping, num_rows)
+    residuals = (backend.stop_gradient(rows), damping, num_rows)
     return backend.gate(kernel, twin, residuals, functools.partial(conditioner.condition, is_relative=is_relative))
 
 
@@ -57,18 +57,15 @@ def conditioned_matmul(rows, kernel, twin, damping, *, is_relative=False, max_ro
         max_rows: integer, how many rows at most stand for all where the other side is taken, or `None`.
     """
 
-    def project(rows, damping):
-        return conditioner.projected_rows(rows, damping, is_relative)
+    def tangent(rows, kernel_tangent, damping):
+        return conditioner.sample_side_tangent(rows, kernel_tangent, damping, is_relative)
 
     def condition(rows, output_gradient, damping):
         def few():
-            projected = project(rows, damping)
-            return conditioner.cast(
-                ops.swapaxes(projected, -2, -1) @ conditioner.cast(output_gradient, projected.dtype), kernel.dtype
-            )
+            return conditioner.cast(conditioner.sample_side(rows, output_gradient, damping, is_relative), kernel.dtype)
 
         def many():
-            gradient = ops.swapaxes(rows, -2, -1) @ output_gradient
+            gradient = backend.transpose(rows) @ output_gradient
             return conditioner.condition(gradient, spread(rows, max_rows), damping, is_relative=is_relative)
 
         num_in = rows.shape[-1]
@@ -77,7 +74,7 @@ def conditioned_matmul(rows, kernel, twin, damping, *, is_relative=False, max_ro
     def gate(kernel, twin, rows, damping):
         return conditioned_kernel(kernel, twin, spread(rows, max_rows), damping, is_relative=is_relative)
 
-    return backend.product(rows, kernel, twin, (damping,), ProductFunctions(project, condition, gate))
+    return backend.product(rows, kernel, twin, (damping,), ProductFunctions(tangent, condition, gate))
 
 
 def twinned(kernel):
@@ -130,4 +127,4 @@ def scaled_gradient(tensor, twin, scale):
         (full,) = conditioner.in_full_precision(gradient)
         return conditioner.cast(full * conditioner.cast(scale, full.dtype), gradient.dtype)
 
-    return backend.gate(tensor, twin, (ops.stop_gradient(scale),), condition)
+    return backend.gate(tensor, twin, (backend.stop_gradient(scale),), condition)

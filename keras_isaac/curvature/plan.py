@@ -42,7 +42,7 @@ def added_multiplications(call):
 
 def _cost(form, rows, num_in, num_out):
     if form == SAMPLE:
-        return 2 * rows**2 * num_in + rows**3
+        return rows**2 * num_in + rows**3 + rows**2 * min(num_in, num_out)
     if form == WOODBURY:
         return 2 * rows**2 * num_in + rows**3 + 2 * rows * num_in * num_out
     return rows * num_in**2 + num_in**3 + num_in**2 * num_out

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_isaac.backend import layout
 from keras_isaac.curvature import operations, plan
+from keras_isaac.curvature.conditioner import cast
 from keras_isaac.curvature.record import KernelCall
 from keras_isaac.curvature.rows import sampled_rows
 from keras_isaac.keras_hooks import call_with, mask_of  # noqa: F401 (adapters take them from here)
@@ -93,7 +94,7 @@ def product(inputs, kernel, conditioning, mask, num_groups=0):
         num_groups: 1 if there is an axis of groups, else 0.
     """
     # What `matmul` promotes, the conditioned product is given: sparse inputs dense, integers in the kernel's dtype.
-    inputs = ops.cast(as_dense(inputs), kernel.dtype)
+    inputs = cast(as_dense(inputs), kernel.dtype)
     is_matrix = len(inputs.shape) == num_groups + 2
     # Whether each row of the product counts by itself.
     has_product = mask is None and (is_matrix or conditioning.weight_sharing == "expand")
