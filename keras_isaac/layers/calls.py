@@ -18,17 +18,18 @@ def call_with(layer, values, *args, **kwargs):
 
     Args:
         layer: the layer.
-        values: list of pairs of a variable and a tensor.
+        values: list of pairs of a variable and a tensor; the variables may be others than `layer.variables`, too.
         *args: arguments of `call`.
         **kwargs: keyword arguments of `call`.
     """
     replaced = {id(variable): value for variable, value in values}
-    before = [(variable, replaced.get(id(variable), variable.value)) for variable in layer.variables]
+    variables = list({id(variable): variable for variable in (*layer.variables, *(pair[0] for pair in values))}.values())
+    before = [(variable, replaced.get(id(variable), variable.value)) for variable in variables]
     with keras.StatelessScope(before, collect_losses=True) as stateless:
-        values = [stateless.get_current_value(variable) for variable in layer.variables]
+        values = [stateless.get_current_value(variable) for variable in variables]
         outputs = type(layer).call(layer, *args, **kwargs)
     # What the call did beside its result is the layer's to keep.
-    for variable, value in zip(layer.variables, values, strict=True):
+    for variable, value in zip(variables, values, strict=True):
         after = stateless.get_current_value(variable)
         if after is not value:
             variable.assign(after)
