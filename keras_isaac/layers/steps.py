@@ -1,4 +1,4 @@
-"""What layers share that run over the steps of a sequence: instances with other attributes, patches of the images of all steps."""
+"""What layers over the steps of a sequence share: other attributes for a while, and the patches of the images of all steps."""
 
 import contextlib
 import dataclasses
