@@ -335,11 +335,12 @@ def test_reduce_takes_the_mean_of_a_samples_steps(mask):
 @pytest.mark.parametrize(
     ("make", "shape"),
     [
-        (stacked, (SAMPLES, STEPS, FEATURES)),
+        (lambda: layers.LSTM(UNITS), (SAMPLES, STEPS, FEATURES)),
+        pytest.param(stacked, (SAMPLES, STEPS, FEATURES), marks=pytest.mark.slow),
         pytest.param(lambda: layers.ConvLSTM1D(2, 3), (3, 4, 6, 2), marks=pytest.mark.slow),
         pytest.param(lambda: steps_of(layers.Conv1D(2, 3)), (3, 4, 6, 2), marks=pytest.mark.slow),
     ],
-    ids=["stack", "conv-lstm", "steps-conv"],
+    ids=["lstm", "stack", "conv-lstm", "steps-conv"],
 )
 def test_few_rows_stand_for_all(make, shape):
     layer, inputs, cotangent = data(Case("", make, shape=shape))
@@ -373,7 +374,9 @@ def test_a_norm_is_that_of_the_plain_gradient():
         assert relative_error(ours, wanted * np.linalg.norm(theirs) / np.linalg.norm(wanted)) < 2e-5
 
 
-@pytest.mark.parametrize("holds_outputs", [True, False], ids=["outputs-too", "derivatives-alone"])
+@pytest.mark.parametrize(
+    "holds_outputs", [pytest.param(True, marks=pytest.mark.slow), False], ids=["outputs-too", "derivatives-alone"]
+)
 @pytest.mark.parametrize(
     "make", [lambda: layers.LSTM(UNITS), pytest.param(stacked, marks=pytest.mark.slow)], ids=["lstm", "stack"]
 )
@@ -408,7 +411,9 @@ def fixed_dropout(cell, seed=0):
 
 def test_rows_are_what_a_shared_dropout_mask_leaves():
     kinds = [lambda: layers.SimpleRNN(UNITS, dropout=0.5, recurrent_dropout=0.5)]
-    kinds.append(lambda: layers.RNN([layers.SimpleRNNCell(UNITS, dropout=0.5, recurrent_dropout=0.5)]))
+    if BACKEND != "jax":
+        # Keras does not run a stack of one cell on JAX.
+        kinds.append(lambda: layers.RNN([layers.SimpleRNNCell(UNITS, dropout=0.5, recurrent_dropout=0.5)]))
     for make in kinds:
         layer = make()
         cell = getattr(layer.cell, "cells", [layer.cell])[0]
@@ -441,8 +446,11 @@ class Always(Calling):
         pytest.param(lambda: layers.LSTM(UNITS, dropout=0.4, seed=0), marks=pytest.mark.slow),
         pytest.param(lambda: layers.GRU(UNITS, recurrent_dropout=0.3, seed=0), marks=pytest.mark.slow),
         lambda: layers.SimpleRNN(UNITS, dropout=0.4, recurrent_dropout=0.3, seed=0, stateful=True),
-        lambda: layers.RNN(
-            [layers.SimpleRNNCell(UNITS, dropout=0.4, seed=0), layers.LSTMCell(2, recurrent_dropout=0.3, seed=1)]
+        pytest.param(
+            lambda: layers.RNN(
+                [layers.SimpleRNNCell(UNITS, dropout=0.4, seed=0), layers.LSTMCell(2, recurrent_dropout=0.3, seed=1)]
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["lstm", "gru", "stateful", "stack"],
