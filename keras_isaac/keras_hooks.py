@@ -191,17 +191,18 @@ def call_with(layer, values, *args, **kwargs):
 
     Args:
         layer: the layer.
-        values: list of pairs of a variable and a tensor.
+        values: list of pairs of a variable and a tensor; the variables may be others than `layer.variables`, too.
         *args: arguments of `call`.
         **kwargs: keyword arguments of `call`.
     """
     replaced = {id(variable): value for variable, value in values}
-    state = [(variable, replaced.get(id(variable), variable.value)) for variable in layer.variables]
+    variables = list({id(variable): variable for variable in (*layer.variables, *(pair[0] for pair in values))}.values())
+    state = [(variable, replaced.get(id(variable), variable.value)) for variable in variables]
     with keras.StatelessScope(state, collect_losses=True) as stateless:
-        before = [stateless.get_current_value(variable) for variable, _ in state]
+        before = [stateless.get_current_value(variable) for variable in variables]
         outputs = type(layer).call(layer, *args, **kwargs)
     # What the call did beside its result is the layer's to keep.
-    for (variable, _), value in zip(state, before, strict=True):
+    for variable, value in zip(variables, before, strict=True):
         after = stateless.get_current_value(variable)
         if after is not value:
             variable.assign(after)

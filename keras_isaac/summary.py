@@ -37,6 +37,7 @@ class KernelStatus(NamedTuple):
         num_sampled: integer, how many rows stand for all of a call's.
         multiplications: integer, those of a plain training step: forward and, if it trains, two backward products.
         added: integer, the multiplications that conditioning adds.
+        note: string, which part of a conditioned kernel is plain all the same, or `None`.
     """
 
     path: str
@@ -53,6 +54,7 @@ class KernelStatus(NamedTuple):
     num_sampled: int | None = None
     multiplications: int | None = None
     added: int | None = None
+    note: str | None = None
 
 
 def kernel_status(model):
@@ -83,18 +85,23 @@ def _statuses(model):
     # A LossScaleOptimizer may stand around a MultiOptimizer. One optimizer alone trains all that is trainable.
     has_several = hasattr(getattr(optimizer, "inner_optimizer", optimizer), "optimizers")
     training = [isaac.conditioning_of_step().trains for isaac in isaacs_in(optimizer) if has_several]
-    statuses = {}
+    statuses, readers = {}, {}
+    for layer, _ in walk(model):
+        # The layer around a cell reads the cell's kernels. A layer comes after those that contain it.
+        if adapter_of(layer) and layer.built:
+            readers.update({id(kernel): layer for kernel in adapter_of(layer).kernels(layer)})
     for layer, _ in walk(model):
         inner = {id(variable) for below, _ in walk(layer) if below is not layer for variable in below.variables}
-        adapter = adapter_of(layer)
-        kernels = {id(kernel) for kernel in adapter.kernels(layer)} if adapter and layer.built else set()
         for variable in layer.variables:
             # An attention layer's biases have two axes.
-            is_kernel = id(variable) in kernels or (len(variable.shape) >= 2 and variable.name != "bias")
+            is_kernel = id(variable) in readers or (len(variable.shape) >= 2 and variable.name != "bias")
             if id(variable) not in inner and is_kernel:
-                reason = _reason(layer, adapter, variable, id(variable) in kernels, training)
+                reader = layer if adapter_of(layer) else readers.get(id(variable), layer)
+                adapter = adapter_of(reader)
+                reason = _reason(reader, adapter, variable, id(variable) in readers, training)
+                note = adapter.notes(reader).get(id(variable)) if reason is None and hasattr(adapter, "notes") else None
                 size = math.prod(variable.shape)
-                status = KernelStatus(variable.path, type(layer).__name__, reason, size, variable.trainable)
+                status = KernelStatus(variable.path, type(reader).__name__, reason, size, variable.trainable, note=note)
                 # Of the layers that share a kernel, one that is conditioned tells.
                 if reason is None or id(variable) not in statuses:
                     statuses[id(variable)] = status
@@ -311,9 +318,10 @@ def _size(status):
 def _side(status):
     if status.reason:
         return f"plain: {status.reason}"
-    if status.side == "diagonal" or status.num_sampled == status.rows:
-        return status.side
-    return f"{status.side}\n{status.num_sampled:,} rows"
+    side = status.side
+    if side != "diagonal" and status.num_sampled != status.rows:
+        side = f"{side}\n{status.num_sampled:,} rows"
+    return f"{side}\n{status.note}" if status.note else side
 
 
 def _share(added, multiplications):

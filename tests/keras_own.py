@@ -34,6 +34,16 @@ FILES = (
     "separable_conv_test.py",
     "multi_head_attention_test.py",
     "grouped_query_attention_test.py",
+    "rnn_test.py",
+    "simple_rnn_test.py",
+    "lstm_test.py",
+    "gru_test.py",
+    "stacked_rnn_cells_test.py",
+    "conv_lstm1d_test.py",
+    "conv_lstm2d_test.py",
+    "conv_lstm3d_test.py",
+    "bidirectional_test.py",
+    "time_distributed_test.py",
 )
 # Tests that are to end otherwise, and why.
 EXPLAINED = {

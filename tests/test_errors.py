@@ -47,8 +47,8 @@ SLIPS = {
     ),
     "class-for-a-path": (lambda: capture_inputs(mlp(), keras.layers.Dense), "`include` takes layers and regular expressions"),
     "unsupported-layer": (
-        lambda: capture_inputs(keras.layers.GRU(2)),
-        "There is no conditioned form of GRU layer 'gru'. Supported:",
+        lambda: capture_inputs(keras.layers.LayerNormalization()),
+        "There is no conditioned form of LayerNormalization layer 'layer_normalization'. Supported:",
     ),
 }
 

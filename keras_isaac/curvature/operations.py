@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import keras
 from keras import ops
 
 from keras_isaac import backend
@@ -128,3 +129,44 @@ def scaled_gradient(tensor, twin, scale):
         return conditioner.cast(full * conditioner.cast(scale, full.dtype), gradient.dtype)
 
     return backend.gate(tensor, twin, (backend.stop_gradient(scale),), condition)
+
+
+def kernel_conditioned_later(kernel, twin, carrier, damping, rows_of, *, is_relative=False):
+    """Returns `kernel` and `carrier`; the kernel's gradient is conditioned on rows that only its use brings forth.
+
+    Args:
+        kernel: tensor `[in, out]`.
+        twin: as in `conditioned_kernel`.
+        carrier: tensor of zeros `[..., features + 1]`. Its gradient is what `send` sends: features, and a one behind them.
+        damping: scalar tensor.
+        rows_of: function of the features that were sent, which returns `Rows` `[rows, in]`.
+        is_relative: boolean, whether the damping is in units of the mean eigenvalue.
+    """
+
+    def gradients(output_gradients, kernel, twin, carrier, damping):
+        kernel_gradient, sent = output_gradients
+        # A loss that holds derivatives sends the features several times, and the ones count how often.
+        rows = rows_of(sent[..., :-1] / backend.clip(sent[..., -1:], 1))
+        conditioned = conditioner.condition(kernel_gradient, rows.values, damping, rows.num_counted, is_relative)
+        return conditioned, None if twin is None else kernel_gradient, None, None
+
+    def identity(kernel, twin, carrier, damping):
+        return kernel * 1, carrier * 1
+
+    return backend.with_gradients(identity, gradients, kernel, twin, carrier, damping)
+
+
+def send(results, carrier, features):
+    """Returns a nest of several tensors; whenever a gradient passes them, the carrier gets the features for its own."""
+    features = backend.stop_gradient(ops.cast(features, carrier.dtype))
+    message = ops.concatenate([features, ops.ones_like(features[..., :1])], axis=-1)
+    return keras.tree.pack_sequence_as(results, list(_sending(keras.tree.flatten(results), carrier, message)))
+
+
+def _sending(tensors, carrier, message):
+    def gradients(output_gradients, *inputs):
+        *_, carrier, message = inputs
+        # The loss may hold nothing of the call but its derivatives, which therefore send too.
+        return *_sending(output_gradients, carrier, message), message, None
+
+    return backend.with_gradients(lambda *inputs: inputs[:-2], gradients, *tensors, carrier, message)

@@ -2,7 +2,8 @@
 
 An adapter has two functions. `kernels(layer)` lists the variables that it conditions. `call(layer, conditioning_of, inputs)`
 is the layer's own `call` with conditioned products; `conditioning_of(kernel)` is the `Conditioning` of a kernel, or `None`
-where that kernel is to be left plain.
+where that kernel is to be left plain. It may have a third, `notes(layer)`: what to tell of kernels of which a part is plain, by
+the kernel's id.
 """
 
 import keras
@@ -11,7 +12,9 @@ from keras_isaac.layers.convolution import ConvAdapter, ConvTransposeAdapter, Se
 from keras_isaac.layers.dense import DenseAdapter
 from keras_isaac.layers.einsum import EinsumDenseAdapter
 from keras_isaac.layers.embedding import EmbeddingAdapter, ReversibleEmbeddingAdapter
+from keras_isaac.layers.recurrent import BidirectionalAdapter, RNNAdapter
 from keras_isaac.layers.registered import RegisteredAdapter
+from keras_isaac.layers.time_distributed import TimeDistributedAdapter
 
 _KINDS = {
     "Dense": DenseAdapter,
@@ -28,6 +31,15 @@ _KINDS = {
     "Conv3DTranspose": ConvTransposeAdapter,
     "Embedding": EmbeddingAdapter,
     "ReversibleEmbedding": ReversibleEmbeddingAdapter,
+    "RNN": RNNAdapter,
+    "SimpleRNN": RNNAdapter,
+    "LSTM": RNNAdapter,
+    "GRU": RNNAdapter,
+    "ConvLSTM1D": RNNAdapter,
+    "ConvLSTM2D": RNNAdapter,
+    "ConvLSTM3D": RNNAdapter,
+    "Bidirectional": BidirectionalAdapter,
+    "TimeDistributed": TimeDistributedAdapter,
 }
 # Looked up by the function that computes the layer: a subclass with a `call` of its own is another kind of layer. An older
 # Keras has not all of them.

@@ -1,0 +1,247 @@
+"""How recurrent layers read as rows times a kernel.
+
+A cell's kernel meets the inputs of every step, and its recurrent kernel meets the state before every step. Each step adds to
+the gradient of both, and the sum is conditioned, once. The states are known only after the call. So a kernel that meets them
+comes with a *carrier*, a tensor of zeros. In the backward pass, the results of the call send the states to the carrier, as its
+gradient, which reaches the conditioner together with that of the kernel.
+"""
+
+import contextlib
+import functools
+
+import keras
+from keras import ops
+
+from keras_isaac.curvature import operations
+from keras_isaac.curvature.record import KernelCall
+from keras_isaac.curvature.rows import sampled_rows
+from keras_isaac.layers.calls import call_with, conditioned
+from keras_isaac.layers.steps import attributes, channels_last, patch_rows
+
+_CELLS = {cell.call for cell in (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)}
+
+
+class RNNAdapter:
+    """`SimpleRNN`, `LSTM`, `GRU`, `ConvLSTM`, and `RNN` of their cells: a row is an input or a state at a step, or a patch."""
+
+    @staticmethod
+    def kernels(layer):
+        """The kernel and the recurrent kernel of each cell."""
+        return [kernel for cell in _cells(layer) for kernel in (cell.kernel, cell.recurrent_kernel)]
+
+    @staticmethod
+    def notes(layer):
+        """Which part of a kernel is plain, by the kernel's id."""
+        note = "candidate block plain: a gate multiplies its rows"
+        return {id(cell.recurrent_kernel): note for cell in _cells(layer) if _columns_that_meet_states(cell) is not None}
+
+    @staticmethod
+    def call(layer, conditioning_of, sequences, initial_state=None, mask=None, training=False):
+        """The layer's own `call`, its kernels conditioned."""
+        step_mask = None if mask is None else ops.cast(keras.tree.flatten(mask)[0], "bool")
+        read = _read_stack if isinstance(layer.cell, keras.layers.StackedRNNCells) else _read_cell
+        values, inner_loop = read(layer, conditioning_of, sequences, step_mask, training)
+        # What a stateful layer keeps is not among its variables.
+        values += [(state, state.value) for state in keras.tree.flatten(layer.states or [])]
+        with attributes(layer, inner_loop=inner_loop):
+            return call_with(layer, values, sequences, initial_state=initial_state, mask=mask, training=training)
+
+
+class BidirectionalAdapter:
+    """`Bidirectional`: each of its two layers is conditioned by itself."""
+
+    @staticmethod
+    def kernels(layer):
+        """Those of the two layers."""
+        both = (layer.forward_layer, layer.backward_layer)
+        return [kernel for each in both if isinstance(each, keras.layers.RNN) for kernel in RNNAdapter.kernels(each)]
+
+    @staticmethod
+    def call(layer, conditioning_of, *args, **kwargs):
+        """The layer's own `call`."""
+        # On a GPU, Keras may pass both layers over and run their kernels in one operation, but not where they are stateful.
+        with attributes(layer, stateful=True):
+            return type(layer).call(layer, *args, **kwargs)
+
+
+def _cells(layer):
+    """Returns the cells of a layer that are of a known kind."""
+    if _is_convolution(layer):
+        return [layer.cell]
+    cells = layer.cell.cells if isinstance(layer.cell, keras.layers.StackedRNNCells) else [layer.cell]
+    return [cell for cell in cells if getattr(type(cell), "call", None) in _CELLS]
+
+
+def _is_convolution(layer):
+    return type(layer).call is keras.layers.ConvLSTM2D.call
+
+
+def _columns_that_meet_states(cell):
+    """Returns how many columns of the recurrent kernel do, the rest meeting what a gate leaves of them; `None` for all."""
+    return None if getattr(cell, "reset_after", True) else 2 * cell.units
+
+
+class _LateKernel:
+    """A kernel, conditioned on rows that its layer's call finds.
+
+    Args:
+        kernel: variable `[..., out]`.
+        conditioning: the `Conditioning` in force.
+        shape: tuple, the shape of what the call finds, `[samples, steps, ...]`.
+        rows_of: function of what the call finds, which returns `Rows`.
+        columns: integer, how many columns of the kernel meet the rows. Defaults to `None`: all.
+    """
+
+    def __init__(self, kernel, conditioning, shape, rows_of, columns=None):
+        value = ops.convert_to_tensor(kernel)
+        matrix = ops.reshape(value, (-1, value.shape[-1]))
+        met, twin = matrix[:, :columns], None
+        self._shape, self._conditioning, self._rows_of = tuple(met.shape), conditioning, rows_of
+        if conditioning.preserve_norm:
+            met, twin = operations.twinned(met)
+        # A place more, where `send` counts.
+        carrier = ops.zeros((*shape[:-1], shape[-1] + 1), value.dtype)
+        met, self._carrier = operations.kernel_conditioned_later(
+            met, twin, carrier, conditioning.damping, rows_of, is_relative=conditioning.relative_damping
+        )
+        matrix = met if columns is None else ops.concatenate([met, matrix[:, columns:]], axis=1)
+        self.value = ops.reshape(matrix, value.shape)
+
+    def find(self, results, found):
+        """Returns the results of the call, which bring `found` to the conditioner in the backward pass."""
+        if self._conditioning.record is not None:
+            rows = self._rows_of(found)
+            self._conditioning.note(KernelCall(self._shape, rows.values, rows.num_counted, rows.num_represented))
+        return operations.send(results, self._carrier, found)
+
+
+def _read_cell(layer, conditioning_of, sequences, mask, training):
+    """Returns the values of the kernels of a layer of one cell, and the `inner_loop` that they need.
+
+    Args:
+        layer: a layer of one cell.
+        conditioning_of: function of a kernel, as in `RNNAdapter.call`.
+        sequences: tensor `[samples, steps, ...]`.
+        mask: tensor `[samples, steps]`, true where a step counts, or `None`.
+        training: boolean or `None`.
+    """
+    cell, values = layer.cell, []
+    input_rows, state_rows, state_shape = _reading(layer, sequences)
+    conditioning = conditioning_of(cell.kernel)
+    if conditioning is not None:
+        # The call draws this mask first of all, and keeps one that is there already.
+        dropout = cell.get_dropout_mask(sequences[:, 0]) if training else None
+        rows = input_rows(_dropped(sequences, dropout), conditioning, mask)
+        value = ops.convert_to_tensor(cell.kernel)
+        matrix = conditioned(ops.reshape(value, (-1, value.shape[-1])), conditioning, rows)
+        values.append((cell.kernel, ops.reshape(matrix, value.shape)))
+    conditioning = conditioning_of(cell.recurrent_kernel)
+    if conditioning is None:
+        return values, layer.inner_loop
+    rows_of = functools.partial(state_rows, conditioning=conditioning, mask=_mask_of_states(mask, layer.go_backwards))
+    shape = (*ops.shape(sequences)[:2], *state_shape)
+    late = _LateKernel(cell.recurrent_kernel, conditioning, shape, rows_of, _columns_that_meet_states(cell))
+    values.append((cell.recurrent_kernel, late.value))
+
+    def inner_loop(sequences, initial_state, mask, training=False):
+        with attributes(layer, return_sequences=True):
+            results = type(layer).inner_loop(layer, sequences, initial_state, mask, training=training)
+        first, outputs = keras.tree.flatten(initial_state)[0], results[1]
+        states = ops.concatenate([first[:, None], ops.cast(outputs, first.dtype)[:, :-1]], axis=1)
+        dropout = cell.get_recurrent_dropout_mask(first) if training else None
+        return late.find(results, ops.reshape(_dropped(states, dropout), shape))
+
+    return values, inner_loop
+
+
+def _read_stack(layer, conditioning_of, sequences, mask, training):
+    """As `_read_cell`, for `StackedRNNCells`: what its cells meet at a step leaves the loop behind the step's output."""
+    stack, values, lates, width = layer.cell, [], [], 0
+    cells = _cells(layer)
+    if mask is not None and layer.go_backwards:
+        mask = ops.flip(mask, axis=1)
+    for cell in cells:
+        for kernel, num_in, columns in (
+            (cell.kernel, cell.kernel.shape[0], None),
+            (cell.recurrent_kernel, cell.units, _columns_that_meet_states(cell)),
+        ):
+            conditioning = conditioning_of(kernel)
+            if conditioning is not None:
+                rows_of = functools.partial(sampled_rows, conditioning=conditioning, mask=mask)
+                shape = (*ops.shape(sequences)[:2], num_in)
+                late = _LateKernel(kernel, conditioning, shape, rows_of, columns)
+                values.append((kernel, late.value))
+                lates.append((late, slice(width, width + num_in), shape))
+            width += num_in
+
+    def inner_loop(sequences, initial_state, mask, training=False):
+        met = []
+
+        def call_cell(cell, inputs, states, training=False):
+            for tensor, dropout in ((inputs, cell.get_dropout_mask), (states[0], cell.get_recurrent_dropout_mask)):
+                met.append(ops.cast(_dropped(tensor, dropout(tensor) if training else None), inputs.dtype))
+            return type(cell).call(cell, inputs, states, training=training)
+
+        # Keras holds an output at masked steps. On JAX it takes it from the first state, which so is the output before.
+        def call_stack(inputs, states, **kwargs):
+            met.clear()
+            output, new_states = type(stack).call(stack, inputs, states[1:], **kwargs)
+            output = ops.concatenate([output, *(ops.cast(each, output.dtype) for each in met)], axis=-1)
+            return output, [output, *keras.tree.pack_sequence_as(list(states[1:]), keras.tree.flatten(new_states))]
+
+        first = keras.tree.flatten(initial_state[-1])[0]
+        first = ops.pad(first, [(0, 0), (0, width)])
+        with contextlib.ExitStack() as instances:
+            instances.enter_context(attributes(stack, call=call_stack))
+            for cell in cells:
+                instances.enter_context(attributes(cell, call=functools.partial(call_cell, cell)))
+            instances.enter_context(attributes(layer, return_sequences=True))
+            last_output, outputs, states = type(layer).inner_loop(
+                layer, sequences, [first, *initial_state], mask, training=training
+            )
+        num_out = outputs.shape[-1] - width
+        found = outputs[..., num_out:]
+        results = last_output[..., :num_out], outputs[..., :num_out], states[1:]
+        for late, part, shape in lates:
+            results = late.find(results, ops.reshape(found[..., part], shape))
+        return results
+
+    return values, inner_loop
+
+
+def _reading(layer, sequences):
+    """Returns the rows of inputs and of states, as functions like `sampled_rows`, and the shape of a sample's state."""
+    cell = layer.cell
+    if not _is_convolution(layer):
+        return sampled_rows, sampled_rows, (cell.units,)
+
+    def input_rows(inputs, conditioning, mask):
+        places = (cell.kernel_size, cell.strides, cell.dilation_rate, cell.padding)
+        return patch_rows(channels_last(cell, inputs), conditioning, mask, *places)
+
+    def state_rows(states, conditioning, mask):
+        # The convolution of the states has neither strides nor dilation.
+        ones = (1,) * cell.rank
+        return patch_rows(channels_last(cell, states), conditioning, mask, cell.kernel_size, ones, ones, "same")
+
+    return input_rows, state_rows, cell.compute_output_shape((None, *sequences.shape[2:]))[0][1:]
+
+
+def _mask_of_states(mask, go_backwards):
+    """Returns which of the initial state and all outputs but the last meet the kernel in a step that counts.
+
+    An output does if its step counts and another does after it. Between the two, masked steps keep the state as it is.
+    """
+    if mask is None:
+        return None
+    mask = ops.cast(ops.flip(mask, axis=1) if go_backwards else mask, "int32")
+    total = ops.sum(mask, axis=1, keepdims=True)
+    is_met = (mask > 0) & (ops.cumsum(mask, axis=1) < total)
+    return ops.concatenate([total > 0, is_met[:, :-1]], axis=1)
+
+
+def _dropped(tensor, mask):
+    """Returns what is left of inputs or states, if all gates share a dropout mask: there is a list of masks otherwise."""
+    if mask is None or isinstance(mask, (list, tuple)):
+        return tensor
+    return tensor * (mask if len(mask.shape) == len(tensor.shape) else mask[:, None])

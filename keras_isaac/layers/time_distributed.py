@@ -1,0 +1,72 @@
+"""How `TimeDistributed` reads as rows times a kernel: once for all steps."""
+
+import math
+import types
+
+import keras
+from keras import ops
+
+from keras_isaac.curvature.rows import sampled_rows
+from keras_isaac.layers.calls import call_with, conditioned
+from keras_isaac.layers.steps import attributes, channels_last, patch_rows
+
+_CONVOLUTIONS = {layer.call for layer in (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)}
+
+
+class TimeDistributedAdapter:
+    """`TimeDistributed` of `Dense` or of a convolution: the rows of all steps are rows of one kernel."""
+
+    @staticmethod
+    def kernels(layer):
+        """The wrapped layer's kernel, or LoRA's first factor."""
+        wrapped = layer.layer
+        if type(wrapped).call is not keras.layers.Dense.call and type(wrapped).call not in _CONVOLUTIONS:
+            return []
+        return [wrapped.lora_kernel_a if getattr(wrapped, "lora_enabled", False) else wrapped.kernel]
+
+    @staticmethod
+    def call(layer, conditioning_of, inputs, training=None, mask=None):
+        """The layer's own `call`, in which the wrapped layer finds its kernel conditioned."""
+        (kernel,) = TimeDistributedAdapter.kernels(layer)
+        wrapped, value, conditioning = layer.layer, ops.convert_to_tensor(kernel), conditioning_of(kernel)
+        if type(wrapped).call is keras.layers.Dense.call:
+            rows = sampled_rows(inputs, conditioning, _mask_of_positions(mask, inputs, len(inputs.shape) - 1))
+            value = conditioned(value, conditioning, rows)
+        else:
+            value = _conditioned_convolution(wrapped, value, conditioning, channels_last(wrapped, inputs), mask)
+        # The wrapped layer may be captured itself, and would condition the kernel again at every step.
+        with attributes(wrapped, call=types.MethodType(type(wrapped).call, wrapped)):
+            return call_with(layer, [(kernel, value)], inputs, training=training, mask=mask)
+
+
+def _mask_of_positions(mask, inputs, num_axes):
+    """Returns a mask of the first `num_axes` axes of `inputs`; the mask given may have fewer or more."""
+    sizes = [] if mask is None else zip(mask.shape[:2], inputs.shape[:2], strict=False)
+    if mask is None or len(mask.shape) < 2 or any(None not in pair and pair[0] != pair[1] for pair in sizes):
+        # The layer's own call refuses a mask that does not fit.
+        return None
+    if len(mask.shape) > num_axes:
+        mask = ops.any(mask, axis=tuple(range(num_axes, len(mask.shape))))
+    mask = ops.reshape(mask, (*ops.shape(mask), *[1] * (num_axes - len(mask.shape))))
+    return ops.broadcast_to(mask, ops.shape(inputs)[:num_axes])
+
+
+def _conditioned_convolution(layer, kernel, conditioning, inputs, mask):
+    """Returns the kernel of a convolution that runs at each step, conditioned on inputs with the channels last."""
+    if None in inputs.shape[2:-1]:
+        # TensorFlow may trace a step for images of any size. There is no grid of patches then, and the gradient is plain.
+        return kernel
+    # A step counts if anything in it does.
+    mask = _mask_of_positions(mask, inputs, 2)
+    rows = patch_rows(inputs, conditioning, mask, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding)
+    if layer.groups == 1:
+        matrix = conditioned(ops.reshape(kernel, (-1, kernel.shape[-1])), conditioning, rows)
+        return ops.reshape(matrix, kernel.shape)
+    groups, size, num_in = layer.groups, math.prod(kernel.shape[:-2]), kernel.shape[-2]
+    # [rows, kernel positions * groups * in] -> [groups, rows, kernel positions * in]
+    values = ops.transpose(ops.reshape(rows.values, (-1, size, groups, num_in)), (2, 0, 1, 3))
+    rows = rows._replace(values=ops.reshape(values, (groups, -1, size * num_in)))
+    # [*kernel_size, in, groups * out] -> [groups, kernel positions * in, out]
+    matrix = ops.swapaxes(ops.reshape(kernel, (size * num_in, groups, -1)), 0, 1)
+    matrix = conditioned(matrix, conditioning, rows)
+    return ops.reshape(ops.swapaxes(matrix, 0, 1), kernel.shape)
