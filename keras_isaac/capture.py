@@ -12,7 +12,7 @@ import weakref
 import keras
 
 from keras_isaac import scope
-from keras_isaac.layers import adapter_of, supported_kinds
+from keras_isaac.layers import adapter_of, kernels_of, supported_kinds
 from keras_isaac.layers.calls import mask_of, with_mask
 from keras_isaac.optimizer import isaacs_in
 
@@ -248,7 +248,7 @@ def _captured_call(layer, *args, **kwargs):
     if scope.is_open():
         adapter = adapter_of(layer)
         conditionings = {}
-        for kernel in adapter.kernels(layer):
+        for kernel in kernels_of(layer):
             conditioning = scope.conditioning_of(kernel)
             if conditioning is not None:
                 conditioning.on_use()

@@ -14,7 +14,7 @@ import rich.table
 from keras_isaac import scope
 from keras_isaac.capture import captured_throughout, is_captured, walk
 from keras_isaac.curvature import plan
-from keras_isaac.layers import adapter_of
+from keras_isaac.layers import adapter_of, kernels_of
 from keras_isaac.optimizer import ISAAC, isaacs_in
 
 
@@ -87,7 +87,7 @@ def _statuses(model):
     for layer, _ in walk(model):
         inner = {id(variable) for below, _ in walk(layer) if below is not layer for variable in below.variables}
         adapter = adapter_of(layer)
-        kernels = {id(kernel) for kernel in adapter.kernels(layer)} if adapter and layer.built else set()
+        kernels = {id(kernel) for kernel in kernels_of(layer)} if adapter and layer.built else set()
         for variable in layer.variables:
             # An attention layer's biases have two axes.
             is_kernel = id(variable) in kernels or (len(variable.shape) >= 2 and variable.name != "bias")
@@ -109,6 +109,8 @@ def _reason(layer, adapter, variable, is_read, training):
         return "quantized"
     if adapter is None:
         return f"no conditioned form of {type(layer).__name__}"
+    if not is_read and len(kernels_of(layer)) < len(adapter.kernels(layer)):
+        return "the layer computes its kernel from it"
     if not is_read:
         return "does not meet the layer's inputs in a product"
     if not is_captured(layer):

@@ -75,6 +75,15 @@ def adapter_of(layer):
     return _ADAPTERS.get(type(layer).call)
 
 
+def kernels_of(layer):
+    """Returns the variables that the adapter of `layer` conditions.
+
+    A kernel that the layer computes, as weight normalization does, is none: the conditioned gradient of the product is no
+    direction of descent for what it is computed from.
+    """
+    return [kernel for kernel in adapter_of(layer).kernels(layer) if isinstance(kernel, keras.Variable)]
+
+
 def supported_kinds():
     """Returns the names of the layers that can be conditioned."""
     registered = [adapter.name for adapter in _ADAPTERS.values() if isinstance(adapter, RegisteredAdapter)]

@@ -1,9 +1,11 @@
 """How convolutions read as rows times a kernel."""
 
+import math
+
 import keras
 from keras import ops
 
-from keras_isaac.curvature.rows import Rows, patches, sampled_rows
+from keras_isaac.curvature.rows import Rows, patches, positions, sampled_rows
 from keras_isaac.layers.calls import Outputs, bias_and_activation, call_with, conditioned
 
 
@@ -20,10 +22,9 @@ class ConvAdapter:
         """The layer's own `call`, its kernel conditioned on patches."""
         (kernel,) = ConvAdapter.kernels(layer)
         depthwise = isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D))
-        # What comes of LoRA's first factor is not the layer's output.
-        output_shape = layer.compute_output_shape(inputs.shape) if kernel is layer.kernel else None
         value, conditioning = ops.convert_to_tensor(kernel), conditioning_of(kernel)
-        value, carrier = _conditioned_convolution(layer, value, conditioning, inputs, output_shape, depthwise)
+        # What comes of LoRA's first factor is not the layer's output.
+        value, carrier = _conditioned_convolution(layer, value, conditioning, inputs, kernel is layer.kernel, depthwise)
         if carrier is None:
             return call_with(layer, [(kernel, value)], inputs)
         # The carrier is added before the activation.
@@ -44,9 +45,7 @@ class SeparableConvAdapter:
         depthwise, pointwise = (ops.convert_to_tensor(kernel) for kernel in SeparableConvAdapter.kernels(layer))
         carrier, conditioning = None, conditioning_of(layer.depthwise_kernel)
         if conditioning is not None:
-            output_shape = list(layer.compute_output_shape(inputs.shape))
-            output_shape[_channel_axis(layer)] = pointwise.shape[-2]
-            depthwise, carrier = _conditioned_convolution(layer, depthwise, conditioning, inputs, output_shape, depthwise=True)
+            depthwise, carrier = _conditioned_convolution(layer, depthwise, conditioning, inputs, True, depthwise=True)
         options = {"padding": layer.padding, "data_format": layer.data_format, "dilation_rate": layer.dilation_rate}
         strides = layer.strides if layer.data_format == "channels_last" else layer.strides[-layer.rank :]
         inputs = ops.depthwise_conv(inputs, depthwise, strides=strides, **options)
@@ -83,16 +82,13 @@ class ConvTransposeAdapter:
         return call_with(layer, [(layer.kernel, ops.reshape(ops.transpose(matrix), value.shape))], inputs)
 
 
-def _conditioned_convolution(layer, kernel, conditioning, inputs, output_shape, depthwise):
-    """Returns the kernel, its gradient conditioned on patches and, given an `output_shape`, on the outputs; and a carrier.
+def _conditioned_convolution(layer, kernel, conditioning, inputs, makes_outputs, depthwise):
+    """Returns the kernel, its gradient conditioned on patches and, if it `makes_outputs`, on those; and a carrier.
 
     The kernel is `[*kernel_size, in of a group, out of all groups]`; if depthwise, `[*kernel_size, channels, multiplier]`,
     where every channel is a group.
     """
     inputs = ops.stop_gradient(_channels_last(layer, inputs))
-    if None in inputs.shape[1:-1]:
-        # TensorFlow may trace a step for images of any size. There is no grid of patches then, and the gradient is plain.
-        return kernel, None
     rows = patches(inputs, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding, conditioning)
     size = rows.values.shape[1]
     groups = inputs.shape[-1] if depthwise else layer.groups
@@ -117,8 +113,13 @@ def _conditioned_convolution(layer, kernel, conditioning, inputs, output_shape, 
         return ops.moveaxis(outputs, -2, 0)
 
     outputs = None
-    if output_shape is not None:
-        outputs = Outputs((ops.shape(inputs)[0], *output_shape[1:]), rows_of, num_groups=num_groups)
+    if makes_outputs:
+        num_samples, *lengths, _ = ops.shape(inputs)
+        _, lengths = positions(lengths, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding)
+        num_outputs = math.prod(kernel.shape[-2:]) if depthwise else kernel.shape[-1]
+        output_shape = [num_samples, *lengths]
+        output_shape.insert(1 if layer.data_format == "channels_first" else len(output_shape), num_outputs)
+        outputs = Outputs(tuple(output_shape), rows_of, num_groups=num_groups)
     result = conditioned(matrix, conditioning, rows, outputs)
     matrix, carrier = (result, None) if outputs is None else result
     matrix = ops.swapaxes(matrix, 0, 1) if num_groups else matrix
