@@ -13,7 +13,7 @@ import keras
 
 from keras_isaac import scope
 from keras_isaac.layers import adapter_of, kernels_of, supported_kinds
-from keras_isaac.layers.calls import mask_of, with_mask
+from keras_isaac.layers.calls import mask_of, own_call, with_mask
 from keras_isaac.optimizer import isaacs_in
 
 _IS_NNX = keras.backend.backend() == "jax" and getattr(keras.config, "is_nnx_enabled", bool)()
@@ -220,10 +220,15 @@ def _capture(layer):
     if adapter_of(layer) is None:
         return False
     if "call" not in vars(layer):
-        layer.call = types.MethodType(_captured_call, layer)
+        _wrap_call(layer)
         _keep_scope(layer)
     # Somebody else's `call` on the instance is not the layer that the adapter knows.
     return is_captured(layer)
+
+
+def _wrap_call(layer):
+    # Keras calls a quantized layer by the other name.
+    layer.call = layer.quantized_call = types.MethodType(_captured_call, layer)
 
 
 def is_captured(layer):
@@ -236,12 +241,12 @@ def captured_throughout(root):
     """Captures every supported layer in `root` inside the `with` block, to see what it would do."""
     layers = [layer for layer, _ in walk(root) if adapter_of(layer) and "call" not in vars(layer)]
     for layer in layers:
-        layer.call = types.MethodType(_captured_call, layer)
+        _wrap_call(layer)
     try:
         yield
     finally:
         for layer in layers:
-            del layer.call
+            del layer.call, layer.quantized_call
 
 
 def _captured_call(layer, *args, **kwargs):
@@ -260,7 +265,7 @@ def _captured_call(layer, *args, **kwargs):
             # TensorFlow builds a model in its first step, so that this may be that step, and too late to open it as a whole.
             with scope.opened(optimizer.conditioning_of_step(outer_optimizer=outer_optimizer)):
                 return _captured_call(layer, *args, **kwargs)
-    return type(layer).call(layer, *args, **kwargs)
+    return own_call(layer)(layer, *args, **kwargs)
 
 
 def _keep_scope(layer):

@@ -91,7 +91,7 @@ def _statuses(model):
         for variable in layer.variables:
             # An attention layer's biases have two axes.
             is_kernel = id(variable) in kernels or (len(variable.shape) >= 2 and variable.name != "bias")
-            if id(variable) not in inner and is_kernel:
+            if id(variable) in kernels or (id(variable) not in inner and is_kernel):
                 reason = _reason(layer, adapter, variable, id(variable) in kernels, training)
                 size = math.prod(variable.shape)
                 status = KernelStatus(variable.path, type(layer).__name__, reason, size, variable.trainable)
@@ -105,10 +105,10 @@ def _statuses(model):
 def _reason(layer, adapter, variable, is_read, training):
     if not variable.trainable:
         return "frozen"
-    if getattr(layer, "quantization_mode", None) is not None:
-        return "quantized"
     if adapter is None:
         return f"no conditioned form of {type(layer).__name__}"
+    if not is_read and getattr(layer, "quantization_mode", None) is not None:
+        return "quantized"
     if not is_read and len(kernels_of(layer)) < len(adapter.kernels(layer)):
         return "the layer computes its kernel from it"
     if not is_read:

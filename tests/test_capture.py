@@ -344,7 +344,7 @@ def test_regularizers_and_constraints_work_as_before():
     assert run(paper_isaac(0.1, damping=0.1))[0].min() >= 0
 
 
-def test_lora_trains_plain_for_now():
+def test_both_factors_of_lora_train():
     model = mlp()
     model.layers[0].enable_lora(2)
     capture_inputs(model).compile(optimizer=paper_isaac(damping=0.1), loss="mse")
