@@ -8,7 +8,7 @@ from harness import paper_isaac, run
 from models import fit
 from oracle import relative_error
 
-from keras_isaac import capture_inputs, kernel_status, register_layer
+from keras_isaac import capture_inputs, kernel_status, register_adapter, register_layer
 
 
 class Toy(keras.layers.Layer):
@@ -63,12 +63,80 @@ def test_state_and_losses_of_the_call_are_kept():
     assert [status.reason for status in kernel_status(model)] == [None, None]
 
 
+class Toys:
+    """An adapter of `Toy` that conditions nothing."""
+
+    def kernels(self, layer):
+        return []
+
+    def call(self, layer, conditioning_of, inputs):
+        return layer.call(inputs)
+
+
+class Experts(keras.layers.Layer):
+    """Two kernels a group, `[experts, in, hidden]` and `[experts, hidden, out]`; every sample goes to one expert."""
+
+    def build(self, input_shape):
+        self.first = self.add_weight(shape=(3, input_shape[-1], 4), initializer="normal")
+        self.second = self.add_weight(shape=(3, 4, 2), initializer="normal")
+
+    def sent(self, inputs):
+        return keras.ops.transpose(keras.ops.one_hot(keras.ops.argmax(inputs[:, :3], axis=-1), 3))
+
+    def hidden(self, inputs):
+        return keras.ops.relu(keras.ops.einsum("si,eih->esh", inputs, self.first))
+
+    def call(self, inputs):
+        outputs = keras.ops.einsum("esh,eho->eso", self.hidden(inputs), self.second)
+        return keras.ops.sum(outputs * self.sent(inputs)[..., None], axis=0)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], 2)
+
+
+def test_groups_are_conditioned_on_the_rows_that_are_sent_to_them():
+    def rows_of_first(layer, inputs):
+        return keras.ops.broadcast_to(inputs, (3, *inputs.shape)), layer.sent(inputs)
+
+    def rows_of_second(layer, inputs):
+        return layer.hidden(inputs), layer.sent(inputs)
+
+    register_layer(Experts, "first", rows_of_first, groups=True)
+    register_layer(Experts, "second", rows_of_second, groups=True)
+    layer = Experts()
+    layer.build((12, 5))
+    random = np.random.default_rng(0)
+    for weight in layer.trainable_variables:
+        weight.assign(random.normal(size=weight.shape))
+    inputs, cotangent = (random.normal(size=shape).astype("float32") for shape in ((12, 5), (12, 2)))
+    plain = run(layer, inputs, cotangent)
+    conditioned = run(capture_inputs(layer), inputs, cotangent, paper_isaac(damping=0.3))
+    assert relative_error(conditioned.outputs, plain.outputs) < 1e-6
+    sent = inputs[:, :3].argmax(-1)
+    first = keras.ops.convert_to_numpy(layer.first)
+    for expert in range(3):
+        rows = inputs[sent == expert]
+        hidden = np.maximum(rows @ first[expert], 0)
+        for actual, theirs, each in zip(conditioned.gradients, plain.gradients, (rows, hidden), strict=True):
+            assert relative_error(actual[expert], oracle.condition(each, theirs[expert], 0.3)) < 2e-5
+    assert [status.reason for status in kernel_status(layer)] == [None, None]
+
+
 def test_errors():
     with pytest.raises(TypeError, match=r"`layer_class` must be a subclass of `keras.Layer`\. Received: layer_class=3"):
         register_layer(3, "kernel", len)
     for kernel, rows in ((3, len), ("kernel", 3)):
         with pytest.raises(TypeError, match="`kernel` must be the name of an attribute and `rows` a function"):
             register_layer(Toy, kernel, rows)
+
+    class Inheriting(Toy):
+        pass
+
+    for register in (lambda: register_layer(Inheriting, "weight", len), lambda: register_adapter(Inheriting, Toys())):
+        with pytest.raises(ValueError, match=r"Inheriting inherits its `call` from Toy.*Register Toy, or write a `call` in"):
+            register()
+    with pytest.raises(TypeError, match=r"`adapter` must have the functions `kernels` and `call`\. Received: adapter=3"):
+        register_adapter(Toy, 3)
 
     class Misread(Toy):
         def call(self, inputs):
