@@ -9,6 +9,7 @@ from models import fit
 from oracle import relative_error
 
 from keras_isaac import capture_inputs, kernel_status, register_adapter, register_layer
+from keras_isaac.capture import walk
 
 
 class Toy(keras.layers.Layer):
@@ -147,3 +148,50 @@ def test_errors():
     layer.build((5, 8))
     with pytest.raises(ValueError, match=r"rows registered for Misread layer .* do not fit its kernel"):
         run(capture_inputs(layer), np.ones((5, 8), "float32"), np.ones((5, 2, 3), "float32"), paper_isaac())
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("kind", ["mixtral", "qwen_moe"])
+def test_experts_of_keras_hub_train(kind):
+    keras_hub = pytest.importorskip("keras_hub")
+    keras.utils.set_random_seed(0)
+    sizes = {"vocabulary_size": 16, "num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 2, "hidden_dim": 8}
+    if kind == "mixtral":
+        backbone = keras_hub.models.MixtralBackbone(**sizes, intermediate_dim=6, num_experts=3, top_k=1)
+    else:
+        sizes |= {"intermediate_dim": 6, "moe_intermediate_dim": 6, "shared_expert_intermediate_dim": 6, "num_experts": 3}
+        backbone = keras_hub.models.QwenMoeBackbone(**sizes, top_k=1)
+    (block,) = (layer for layer, _ in walk(backbone) if hasattr(layer, "expert_bank"))
+
+    def sent(block, inputs):
+        logits = block._sparse_feedforward_gate_dense(keras.ops.reshape(inputs, (-1, block.hidden_dim)))
+        _, chosen = keras.ops.top_k(logits, k=block.top_k)
+        return keras.ops.transpose(keras.ops.sum(keras.ops.one_hot(chosen, block.num_experts), axis=1))
+
+    def rows(block, inputs):
+        rows = keras.ops.reshape(inputs, (-1, block.hidden_dim))
+        return keras.ops.repeat(rows[None], block.num_experts, axis=0), sent(block, inputs)
+
+    def hidden(block, inputs):
+        bank, (rows_of_all, is_sent) = block.expert_bank, rows(block, inputs)
+        gate = keras.ops.matmul(rows_of_all, bank._expert_feedforward_gate_dense)
+        if kind == "mixtral":
+            up = keras.ops.matmul(rows_of_all, bank._expert_feedforward_intermediate_dense)
+        else:
+            gate, up = keras.ops.split(gate, 2, axis=-1)
+        return up * bank.activation(gate), is_sent
+
+    register_layer(type(block), "expert_bank._expert_feedforward_gate_dense", rows, groups=True)
+    register_layer(type(block), "expert_bank._expert_feedforward_output_dense", hidden, groups=True)
+    if kind == "mixtral":
+        register_layer(type(block), "expert_bank._expert_feedforward_intermediate_dense", rows, groups=True)
+    tokens = backbone.input
+    model = capture_inputs(keras.Model(tokens, keras.layers.Dense(3)(backbone(tokens)[:, -1])))
+    reasons = {status.path.split("/")[-1]: status.reason for status in kernel_status(model)}
+    assert {name: reason for name, reason in reasons.items() if "expert_feedforward" in name and reason} == {}
+    assert "expert_feedforward_output_dense" in reasons
+    model.compile(optimizer=paper_isaac(0.02, damping=0.3), loss="mse")
+    random = np.random.default_rng(0)
+    inputs = {"token_ids": random.integers(0, 16, (8, 5)), "padding_mask": np.ones((8, 5), "int32")}
+    losses = fit(model, (inputs, random.normal(size=(8, 3))), epochs=4).history["loss"]
+    assert losses[-1] < losses[0]
