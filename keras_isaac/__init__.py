@@ -14,9 +14,18 @@ except ModuleNotFoundError as error:
 
 from keras_isaac import callbacks
 from keras_isaac.capture import capture_inputs, release_inputs
-from keras_isaac.layers import register_layer
+from keras_isaac.layers import register_adapter, register_layer
 from keras_isaac.optimizer import ISAAC
 from keras_isaac.summary import kernel_status, summary
 
-__all__ = ["ISAAC", "callbacks", "capture_inputs", "kernel_status", "register_layer", "release_inputs", "summary"]
+__all__ = [
+    "ISAAC",
+    "callbacks",
+    "capture_inputs",
+    "kernel_status",
+    "register_adapter",
+    "register_layer",
+    "release_inputs",
+    "summary",
+]
 __version__ = "0.1.0"

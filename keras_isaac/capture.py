@@ -10,7 +10,7 @@ import weakref
 import keras
 
 from keras_isaac import keras_hooks, scope
-from keras_isaac.layers import adapter_of, supported_kinds
+from keras_isaac.layers import adapter_of, kernels_of, supported_kinds
 from keras_isaac.optimizer import isaacs_in, listeners
 
 # Layers that were captured by themselves. Models that hold them may be made later.
@@ -329,7 +329,7 @@ def _captured_call(layer, *args, **kwargs):
     if scope.is_open():
         adapter = adapter_of(layer)
         conditionings = {}
-        for kernel in adapter.kernels(layer):
+        for kernel in kernels_of(layer):
             conditioning = scope.conditioning_of(kernel)
             if conditioning is not None:
                 conditioning.on_use()
@@ -338,7 +338,7 @@ def _captured_call(layer, *args, **kwargs):
             return adapter.call(layer, lambda kernel: conditionings.get(id(kernel)), *args, **kwargs)
     elif kwargs.get("training") is not False and keras_hooks.sees_step(args[0] if args else layer.variables[0]):
         scope.note_plain_call()
-    return type(layer).call(layer, *args, **kwargs)
+    return keras_hooks.own_call(layer)(layer, *args, **kwargs)
 
 
 def walk(root, containers=()):

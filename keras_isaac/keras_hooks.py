@@ -7,6 +7,7 @@ Each line states one assumption about Keras, and names the test of `tests/test_h
 - They call `make_train_function`, which keeps a step unless forced: `test_training_makes_its_step_once`.
 - A step on JAX is given the optimizer's variables third: `test_a_jax_step_is_given_the_optimizer_variables_third`.
 - A layer runs the `call` of the instance: `test_a_layer_runs_the_call_of_the_instance`.
+- A quantized one, its `quantized_call`: `test_factors_beside_a_quantized_kernel`, of `test_lora.py`.
 - It is built by the `build` of the instance, before its `call`: `test_a_layer_is_built_by_the_build_of_the_instance`.
 - It is recomputed by the `rematerialized_call` of the instance: `test_recomputation_runs_the_rematerialized_call`.
 - Masks travel as `_keras_mask` on TensorFlow and PyTorch: `test_masks_are_read_and_given`.
@@ -130,7 +131,8 @@ def living_models():
 def wrap_call(layer, function):
     """Has `function(layer, *args, **kwargs)` run for the layer's `call`, unless somebody else's already does."""
     if "call" not in vars(layer):
-        layer.call = types.MethodType(function, layer)
+        # Keras calls a quantized layer by the other name.
+        layer.call = layer.quantized_call = types.MethodType(function, layer)
 
 
 def runs(layer, function):
@@ -140,7 +142,17 @@ def runs(layer, function):
 
 def unwrap_call(layer):
     """Takes back `wrap_call`."""
-    del layer.call
+    del layer.call, layer.quantized_call
+
+
+def quantization(layer):
+    """Returns how a layer is quantized, such as `"int8"`, or `None`."""
+    return getattr(layer, "quantization_mode", None)
+
+
+def own_call(layer):
+    """Returns the function that computes `layer` in Keras: its `call`, or `quantized_call` if it is quantized."""
+    return type(layer).call if quantization(layer) is None else type(layer).quantized_call
 
 
 def after_build(layer, function):
@@ -200,7 +212,7 @@ def call_with(layer, values, *args, **kwargs):
     state = [(variable, replaced.get(id(variable), variable.value)) for variable in variables]
     with keras.StatelessScope(state, collect_losses=True) as stateless:
         before = [stateless.get_current_value(variable) for variable in variables]
-        outputs = type(layer).call(layer, *args, **kwargs)
+        outputs = own_call(layer)(layer, *args, **kwargs)
     # What the call did beside its result is the layer's to keep.
     for variable, value in zip(variables, before, strict=True):
         after = stateless.get_current_value(variable)

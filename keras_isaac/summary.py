@@ -14,7 +14,7 @@ import rich.table
 from keras_isaac import scope
 from keras_isaac.capture import captured_throughout, is_captured, walk
 from keras_isaac.curvature import plan
-from keras_isaac.layers import adapter_of
+from keras_isaac.layers import adapter_of, kernels_of
 from keras_isaac.optimizer import ISAAC, isaacs_in
 
 
@@ -89,16 +89,17 @@ def _statuses(model):
     for layer, _ in walk(model):
         # The layer around a cell reads the cell's kernels. A layer comes after those that contain it.
         if adapter_of(layer) and layer.built:
-            readers.update({id(kernel): layer for kernel in adapter_of(layer).kernels(layer)})
+            readers.update({id(kernel): layer for kernel in kernels_of(layer)})
     for layer, _ in walk(model):
         inner = {id(variable) for below, _ in walk(layer) if below is not layer for variable in below.variables}
         for variable in layer.variables:
+            is_own, is_read = readers.get(id(variable)) is layer, id(variable) in readers
             # An attention layer's biases have two axes.
-            is_kernel = id(variable) in readers or (len(variable.shape) >= 2 and variable.name != "bias")
-            if id(variable) not in inner and is_kernel:
+            is_kernel = is_read or (len(variable.shape) >= 2 and variable.name != "bias")
+            if is_own or (id(variable) not in inner and is_kernel):
                 reader = layer if adapter_of(layer) else readers.get(id(variable), layer)
                 adapter = adapter_of(reader)
-                reason = _reason(reader, adapter, variable, id(variable) in readers, training)
+                reason = _reason(reader, adapter, variable, is_read, training)
                 note = adapter.notes(reader).get(id(variable)) if reason is None and hasattr(adapter, "notes") else None
                 size = math.prod(variable.shape)
                 status = KernelStatus(variable.path, type(reader).__name__, reason, size, variable.trainable, note=note)
@@ -112,10 +113,12 @@ def _statuses(model):
 def _reason(layer, adapter, variable, is_read, training):
     if not variable.trainable:
         return "frozen"
-    if getattr(layer, "quantization_mode", None) is not None:
-        return "quantized"
     if adapter is None:
         return f"no conditioned form of {type(layer).__name__}"
+    if not is_read and getattr(layer, "quantization_mode", None) is not None:
+        return "quantized"
+    if not is_read and len(kernels_of(layer)) < len(adapter.kernels(layer)):
+        return "the layer computes its kernel from it"
     if not is_read:
         return "does not meet the layer's inputs in a product"
     if not is_captured(layer):

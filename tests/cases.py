@@ -126,9 +126,30 @@ def embedding(layer, inputs, kernel="embeddings"):
     return {kernel: (np.eye(layer.input_dim)[tokens][None], lambda array: array[None])}
 
 
-def lora(read, kernel="lora_kernel_a"):
-    """The reading of a layer with LoRA: its first factor meets what its kernel met."""
-    return lambda layer, inputs: read(layer, inputs, kernel)
+def lora(read, factors="lora_kernel"):
+    """The reading of a layer with LoRA: the first factor meets what the kernel met; the second, what comes of that."""
+
+    def read_factors(layer, inputs):
+        ((rows, matrix_of),) = read(layer, inputs).values()
+        first = to_numpy(getattr(layer, f"{factors}_a"))
+        between = rows.astype("float64") @ matrix_of(first)
+        return {
+            f"{factors}_a": (rows, matrix_of),
+            f"{factors}_b": (between.reshape(1, -1, first.shape[-1]), lambda array: array[None]),
+        }
+
+    return read_factors
+
+
+def conv_of_groups_with_lora(layer, inputs):
+    """One first factor meets the channels of all groups; each group meets its own columns of the second."""
+    rows, _ = conv(layer, inputs)["kernel"]
+    first = to_numpy(layer.lora_kernel_a).reshape(rows.shape[-1], -1)
+    rank = first.shape[-1]
+    return {
+        "lora_kernel_a": (rows.reshape(1, -1, rows.shape[-1]), lambda array: array.reshape(1, -1, rank)),
+        "lora_kernel_b": (rows @ first, lambda array: array.reshape(rank, layer.groups, -1).swapaxes(0, 1)),
+    }
 
 
 def enable_lora(layer):
@@ -184,9 +205,23 @@ CASES = [
         lora(dense),
         prepare=enable_lora,
     ),
+    Case(
+        "einsum-groups-lora",
+        lambda: layers.EinsumDense("abc,bcde->abde", (3, 2, 4)),
+        (6, 3, 5),
+        lora(einsum((1,), (0,), (2,), (0,), (1,), (2, 3))),
+        prepare=enable_lora,
+    ),
     Case("conv1d", lambda: layers.Conv1D(4, 3, activation="tanh"), (3, 7, 2), conv),
     Case("conv1d-causal-dilated", lambda: layers.Conv1D(4, 3, padding="causal", dilation_rate=2), (2, 7, 2), conv),
     Case("conv1d-lora", lambda: layers.Conv1D(4, 3), (3, 7, 2), lora(conv), prepare=enable_lora),
+    Case(
+        "conv2d-groups-lora",
+        lambda: layers.Conv2D(6, 2, groups=2),
+        (2, 5, 5, 4),
+        conv_of_groups_with_lora,
+        prepare=enable_lora,
+    ),
     Case("conv2d-same-strided", lambda: layers.Conv2D(3, 3, strides=2, padding="same"), (2, 6, 5, 2), conv),
     Case("conv2d-few-rows", lambda: layers.Conv2D(3, 3, padding="valid"), (1, 4, 4, 3), conv),
     Case("conv2d-even-kernel-no-bias", lambda: layers.Conv2D(3, (2, 4), padding="same", use_bias=False), (2, 5, 5, 2), conv),
@@ -209,7 +244,7 @@ CASES = [
         "embedding-lora",
         lambda: layers.Embedding(6, 4),
         (3, 5),
-        lora(embedding, "lora_embeddings_a"),
+        lora(embedding, "lora_embeddings"),
         vocabulary=6,
         prepare=enable_lora,
     ),

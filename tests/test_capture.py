@@ -8,7 +8,7 @@ from harness import paper_isaac, to_numpy
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
 from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
 
-from keras_isaac import capture_inputs, keras_hooks, release_inputs
+from keras_isaac import capture_inputs, keras_hooks, kernel_status, release_inputs
 
 
 def is_captured(layer):
@@ -511,7 +511,7 @@ def test_regularizers_and_constraints_work_as_before():
     assert run(paper_isaac(0.1, damping=0.1))[0].min() >= 0
 
 
-def test_lora_trains_plain_for_now():
+def test_both_factors_of_lora_train():
     model = mlp()
     model.layers[0].enable_lora(2)
     capture_inputs(model).compile(optimizer=paper_isaac(damping=0.1), loss="mse")
@@ -525,3 +525,27 @@ def test_integer_inputs():
     model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     inputs, targets = regression()
     fit(model, ((inputs * 3).astype("int32"), targets))
+
+
+class Normalized(keras.layers.Dense):
+    """Computes its kernel, as weight normalization does."""
+
+    @property
+    def kernel(self):
+        return self._kernel / keras.ops.sqrt(keras.ops.sum(keras.ops.square(self._kernel), axis=0))
+
+
+def test_a_kernel_that_is_computed_is_plain():
+    def run(optimizer):
+        model = capture_inputs(keras.Sequential([keras.Input((6,)), Normalized(4, activation="relu"), keras.layers.Dense(3)]))
+        assert [status.reason for status in kernel_status(model)] == ["the layer computes its kernel from it", None]
+        model.compile(optimizer=optimizer, loss="mse")
+        fit(model, regression(), epochs=1, batch_size=100)
+        return weights(model)
+
+    keras.utils.set_random_seed(0)
+    plain = run(SGD(0.1))
+    keras.utils.set_random_seed(0)
+    conditioned = run(paper_isaac(0.1, damping=0.1))
+    assert_close(conditioned[0], plain[0])
+    assert np.abs(conditioned[2] - plain[2]).max() > 1e-4

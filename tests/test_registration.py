@@ -8,7 +8,8 @@ from harness import paper_isaac, run
 from models import fit
 from oracle import relative_error
 
-from keras_isaac import capture_inputs, kernel_status, register_layer
+from keras_isaac import capture_inputs, kernel_status, register_adapter, register_layer
+from keras_isaac.capture import walk
 
 
 class Toy(keras.layers.Layer):
@@ -63,12 +64,80 @@ def test_state_and_losses_of_the_call_are_kept():
     assert [status.reason for status in kernel_status(model)] == [None, None]
 
 
+class Toys:
+    """An adapter of `Toy` that conditions nothing."""
+
+    def kernels(self, layer):
+        return []
+
+    def call(self, layer, conditioning_of, inputs):
+        return layer.call(inputs)
+
+
+class Experts(keras.layers.Layer):
+    """Two kernels a group, `[experts, in, hidden]` and `[experts, hidden, out]`; every sample goes to one expert."""
+
+    def build(self, input_shape):
+        self.first = self.add_weight(shape=(3, input_shape[-1], 4), initializer="normal")
+        self.second = self.add_weight(shape=(3, 4, 2), initializer="normal")
+
+    def sent(self, inputs):
+        return keras.ops.transpose(keras.ops.one_hot(keras.ops.argmax(inputs[:, :3], axis=-1), 3))
+
+    def hidden(self, inputs):
+        return keras.ops.relu(keras.ops.einsum("si,eih->esh", inputs, self.first))
+
+    def call(self, inputs):
+        outputs = keras.ops.einsum("esh,eho->eso", self.hidden(inputs), self.second)
+        return keras.ops.sum(outputs * self.sent(inputs)[..., None], axis=0)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], 2)
+
+
+def test_groups_are_conditioned_on_the_rows_that_are_sent_to_them():
+    def rows_of_first(layer, inputs):
+        return keras.ops.broadcast_to(inputs, (3, *inputs.shape)), layer.sent(inputs)
+
+    def rows_of_second(layer, inputs):
+        return layer.hidden(inputs), layer.sent(inputs)
+
+    register_layer(Experts, "first", rows_of_first, groups=True)
+    register_layer(Experts, "second", rows_of_second, groups=True)
+    layer = Experts()
+    layer.build((12, 5))
+    random = np.random.default_rng(0)
+    for weight in layer.trainable_variables:
+        weight.assign(random.normal(size=weight.shape))
+    inputs, cotangent = (random.normal(size=shape).astype("float32") for shape in ((12, 5), (12, 2)))
+    plain = run(layer, inputs, cotangent)
+    conditioned = run(capture_inputs(layer), inputs, cotangent, paper_isaac(damping=0.3))
+    assert relative_error(conditioned.outputs, plain.outputs) < 1e-6
+    sent = inputs[:, :3].argmax(-1)
+    first = keras.ops.convert_to_numpy(layer.first)
+    for expert in range(3):
+        rows = inputs[sent == expert]
+        hidden = np.maximum(rows @ first[expert], 0)
+        for actual, theirs, each in zip(conditioned.gradients, plain.gradients, (rows, hidden), strict=True):
+            assert relative_error(actual[expert], oracle.condition(each, theirs[expert], 0.3)) < 2e-5
+    assert [status.reason for status in kernel_status(layer)] == [None, None]
+
+
 def test_errors():
     with pytest.raises(TypeError, match=r"`layer_class` must be a subclass of `keras.Layer`\. Received: layer_class=3"):
         register_layer(3, "kernel", len)
     for kernel, rows in ((3, len), ("kernel", 3)):
         with pytest.raises(TypeError, match="`kernel` must be the name of an attribute and `rows` a function"):
             register_layer(Toy, kernel, rows)
+
+    class Inheriting(Toy):
+        pass
+
+    for register in (lambda: register_layer(Inheriting, "weight", len), lambda: register_adapter(Inheriting, Toys())):
+        with pytest.raises(ValueError, match=r"Inheriting inherits its `call` from Toy.*Register Toy, or write a `call` in"):
+            register()
+    with pytest.raises(TypeError, match=r"`adapter` must have the functions `kernels` and `call`\. Received: adapter=3"):
+        register_adapter(Toy, 3)
 
     class Misread(Toy):
         def call(self, inputs):
@@ -79,3 +148,50 @@ def test_errors():
     layer.build((5, 8))
     with pytest.raises(ValueError, match=r"rows registered for Misread layer .* do not fit its kernel"):
         run(capture_inputs(layer), np.ones((5, 8), "float32"), np.ones((5, 2, 3), "float32"), paper_isaac())
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("kind", ["mixtral", "qwen_moe"])
+def test_experts_of_keras_hub_train(kind):
+    keras_hub = pytest.importorskip("keras_hub")
+    keras.utils.set_random_seed(0)
+    sizes = {"vocabulary_size": 16, "num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 2, "hidden_dim": 8}
+    if kind == "mixtral":
+        backbone = keras_hub.models.MixtralBackbone(**sizes, intermediate_dim=6, num_experts=3, top_k=1)
+    else:
+        sizes |= {"intermediate_dim": 6, "moe_intermediate_dim": 6, "shared_expert_intermediate_dim": 6, "num_experts": 3}
+        backbone = keras_hub.models.QwenMoeBackbone(**sizes, top_k=1)
+    (block,) = (layer for layer, _ in walk(backbone) if hasattr(layer, "expert_bank"))
+
+    def sent(block, inputs):
+        logits = block._sparse_feedforward_gate_dense(keras.ops.reshape(inputs, (-1, block.hidden_dim)))
+        _, chosen = keras.ops.top_k(logits, k=block.top_k)
+        return keras.ops.transpose(keras.ops.sum(keras.ops.one_hot(chosen, block.num_experts), axis=1))
+
+    def rows(block, inputs):
+        rows = keras.ops.reshape(inputs, (-1, block.hidden_dim))
+        return keras.ops.repeat(rows[None], block.num_experts, axis=0), sent(block, inputs)
+
+    def hidden(block, inputs):
+        bank, (rows_of_all, is_sent) = block.expert_bank, rows(block, inputs)
+        gate = keras.ops.matmul(rows_of_all, bank._expert_feedforward_gate_dense)
+        if kind == "mixtral":
+            up = keras.ops.matmul(rows_of_all, bank._expert_feedforward_intermediate_dense)
+        else:
+            gate, up = keras.ops.split(gate, 2, axis=-1)
+        return up * bank.activation(gate), is_sent
+
+    register_layer(type(block), "expert_bank._expert_feedforward_gate_dense", rows, groups=True)
+    register_layer(type(block), "expert_bank._expert_feedforward_output_dense", hidden, groups=True)
+    if kind == "mixtral":
+        register_layer(type(block), "expert_bank._expert_feedforward_intermediate_dense", rows, groups=True)
+    tokens = backbone.input
+    model = capture_inputs(keras.Model(tokens, keras.layers.Dense(3)(backbone(tokens)[:, -1])))
+    reasons = {status.path.split("/")[-1]: status.reason for status in kernel_status(model)}
+    assert {name: reason for name, reason in reasons.items() if "expert_feedforward" in name and reason} == {}
+    assert "expert_feedforward_output_dense" in reasons
+    model.compile(optimizer=paper_isaac(0.02, damping=0.3), loss="mse")
+    random = np.random.default_rng(0)
+    inputs = {"token_ids": random.integers(0, 16, (8, 5)), "padding_mask": np.ones((8, 5), "int32")}
+    losses = fit(model, (inputs, random.normal(size=(8, 3))), epochs=4).history["loss"]
+    assert losses[-1] < losses[0]

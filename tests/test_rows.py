@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import patches as numpy_patches
-from harness import conditioning, jit, paper_isaac, run, to_numpy
+from harness import BACKEND, conditioning, jit, paper_isaac, run, to_numpy
 from keras import layers, ops
 from oracle import relative_error
 
@@ -204,3 +204,39 @@ def test_error_options_that_are_none():
     for max_rows in (0, -3, 2.5, True, "all"):
         with pytest.raises(ValueError, match="`max_rows` must be an integer above 0, or `None`"):
             paper_isaac(max_rows=max_rows)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow alone traces sizes that are open")
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: layers.Conv2D(4, (2, 3), strides=2, groups=2, padding="same"), (4, 7, 6, 4)),
+        (lambda: layers.Conv2D(3, 2, dilation_rate=2, activation="tanh"), (4, 7, 6, 2)),
+        (lambda: layers.Conv1D(3, 3, padding="causal", dilation_rate=2), (4, 9, 2)),
+        (lambda: layers.SeparableConv1D(3, 3, padding="same"), (4, 9, 2)),
+        (lambda: layers.DepthwiseConv2D(3, strides=2, padding="same"), (4, 7, 6, 2)),
+    ],
+    ids=["conv2d-groups", "conv2d-dilated", "conv1d-causal", "separable1d", "depthwise2d"],
+)
+@pytest.mark.parametrize("options", [{"output_damping": 0.5}, {"max_rows": 10}, {"weight_sharing": "reduce"}], ids=str)
+def test_patches_of_open_sizes_are_those_of_known_sizes(layer, shape, options):
+    import tensorflow as tf
+
+    layer, inputs, _ = layer_and_data(capture_inputs(layer()), *shape)
+    optimizer = paper_isaac(damping=0.3, **options)
+    optimizer.build(layer.trainable_variables)
+    variables = [variable.value for variable in layer.trainable_variables]
+
+    def gradients(inputs):
+        with tf.GradientTape(persistent=True) as tape:
+            with optimizer.conditioning():
+                loss = tf.reduce_sum(tf.sin(layer(inputs)))
+            plain_loss = tf.reduce_sum(tf.sin(layer(inputs)))
+        return tape.gradient(loss, variables), tape.gradient(plain_loss, variables)
+
+    expected, plain = gradients(tf.constant(inputs))
+    actual, _ = tf.function(gradients, input_signature=[tf.TensorSpec((None,) * (len(shape) - 1) + shape[-1:])])(inputs)
+    for variable, *each in zip(variables, actual, expected, plain, strict=True):
+        actual_gradient, expected_gradient, plain_gradient = map(to_numpy, each)
+        assert relative_error(actual_gradient, expected_gradient) < 2e-5
+        assert len(variable.shape) == 1 or relative_error(expected_gradient, plain_gradient) > 1e-2

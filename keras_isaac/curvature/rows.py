@@ -86,18 +86,40 @@ def _as_index(index):
 
 
 def spread_indices(num_rows, max_rows):
-    """Returns at most `max_rows` indices below `num_rows`, one in each of as many equal strata: of NumPy for an integer.
+    """Returns at most `max_rows` indices below `num_rows`, one in each of as many equal strata: of NumPy for integers.
 
     Rows are samples by positions. A constant stride could meet the same position of every sample, so the place within the
     stratum moves by the golden ratio, which spreads it evenly.
     """
-    if isinstance(num_rows, int):
+    if isinstance(num_rows, int) and isinstance(max_rows, int):
         strata = np.arange(min(num_rows, max_rows))
         return ((strata + strata * _GOLDEN % 1.0) / len(strata) * num_rows).astype("int32")
     num_rows = ops.cast(num_rows, "float64")
-    num_strata = ops.minimum(num_rows, max_rows)
+    num_strata = ops.minimum(num_rows, ops.cast(max_rows, "float64"))
     strata = ops.arange(0, num_strata, dtype="float64")
     return ops.cast((strata + strata * _GOLDEN % 1.0) / num_strata * num_rows, "int32")
+
+
+def positions(lengths, kernel_size, strides, dilation_rate, padding):
+    """Returns a convolution's padding before each spatial axis, and its number of positions along it.
+
+    Args:
+        lengths: the sizes of the spatial axes, integers, or scalar tensors where tracing leaves them open.
+        kernel_size: tuple of integers, one a spatial axis, as are `strides` and `dilation_rate`.
+        strides: tuple of integers.
+        dilation_rate: tuple of integers.
+        padding: `"valid"`, `"same"` or `"causal"`.
+    """
+    before, outputs = [], []
+    for length, size, stride, dilation in zip(lengths, kernel_size, strides, dilation_rate, strict=True):
+        extent = (size - 1) * dilation + 1
+        missing = {"valid": 0, "causal": extent - 1}.get(padding)
+        if missing is None:
+            missing = (-(-length // stride) - 1) * stride + extent - length
+            missing = max(missing, 0) if isinstance(length, int) else ops.maximum(missing, 0)
+        before.append(missing // 2 if padding == "same" else missing)
+        outputs.append((length + missing - extent) // stride + 1)
+    return tuple(before), tuple(outputs)
 
 
 def patches(inputs, kernel_size, strides, dilation_rate, padding, conditioning):
@@ -106,8 +128,8 @@ def patches(inputs, kernel_size, strides, dilation_rate, padding, conditioning):
     Of more than `max_rows`, only those on a coarser grid of positions are ever formed.
 
     Args:
-        inputs: tensor `[samples, *spatial, channels]` of static spatial shape.
-        kernel_size: tuple of integers, one a spatial axis, as are `strides` and `dilation_rate`.
+        inputs: tensor `[samples, *spatial, channels]`.
+        kernel_size: as in `positions`, and so are the others.
         strides: tuple of integers.
         dilation_rate: tuple of integers.
         padding: `"valid"`, `"same"` or `"causal"`.
@@ -116,46 +138,44 @@ def patches(inputs, kernel_size, strides, dilation_rate, padding, conditioning):
     Returns:
         `Rows` of a tensor `[rows, prod(kernel_size), channels]`.
     """
-    pads, outputs = [], []
-    for length, size, stride, dilation in zip(inputs.shape[1:-1], kernel_size, strides, dilation_rate, strict=True):
-        extent = (size - 1) * dilation + 1
-        missing = {
-            "valid": 0,
-            "causal": extent - 1,
-            "same": max((math.ceil(length / stride) - 1) * stride + extent - length, 0),
-        }
-        before = extent - 1 if padding == "causal" else missing[padding] // 2
-        pads.append((before, missing[padding] - before))
-        outputs.append((length + missing[padding] - extent) // stride + 1)
-    offsets = tuple(
-        itertools.product(*(range(0, size * each, each) for size, each in zip(kernel_size, dilation_rate, strict=True)))
-    )
-    num_represented = None if inputs.shape[0] is None else inputs.shape[0] * math.prod(outputs)
+    num_samples, *lengths, num_channels = ops.shape(inputs)
+    before, outputs = positions(lengths, kernel_size, strides, dilation_rate, padding)
+    steps = zip(kernel_size, dilation_rate, strict=True)
+    offsets = tuple(itertools.product(*(range(0, size * each, each) for size, each in steps)))
+    sizes = (num_samples, *outputs)
+    num_represented = math.prod(sizes) if all(isinstance(size, int) for size in sizes) else None
     if conditioning.max_rows is not None and conditioning.weight_sharing == "expand":
-        grid = (tuple(inputs.shape[1:-1]), tuple(pads), tuple(strides), tuple(outputs), offsets)
+        grid = (tuple(lengths), before, tuple(strides), outputs, offsets, padding != "valid")
         return Rows(_some_patches(inputs, grid, conditioning.max_rows), None, num_represented)
-    if any(map(any, pads)):
-        inputs = ops.pad(inputs, [(0, 0), *pads, (0, 0)])
+    # Wide enough on both sides, whatever the lengths: a patch starts where its padding does.
+    widths = [offset if padding != "valid" else 0 for offset in offsets[-1]]
+    if any(widths):
+        inputs = ops.pad(inputs, [(0, 0), *((width, width) for width in widths), (0, 0)])
     slices = []
     for offset in offsets:
-        places = zip(offset, strides, outputs, strict=True)
+        starts = [width - pad + place for width, pad, place in zip(widths, before, offset, strict=True)]
+        places = zip(starts, strides, outputs, strict=True)
         index = [slice(start, start + (output - 1) * stride + 1, stride) for start, stride, output in places]
         slices.append(inputs[(slice(None), *index)])
     if conditioning.weight_sharing == "reduce":
         slices = [ops.mean(each, axis=tuple(range(1, len(each.shape) - 1))) for each in slices]
-    stacked = ops.reshape(ops.stack(slices, axis=-2), (-1, len(slices), inputs.shape[-1]))
+    stacked = ops.reshape(ops.stack(slices, axis=-2), (-1, len(slices), num_channels))
     return Rows(spread(stacked, conditioning.max_rows, axis=0), None, num_represented)
 
 
 def _some_patches(inputs, grid, max_rows):
     """Returns the patches of a coarse grid of positions, of some samples."""
-    num_samples = ops.shape(inputs)[0]
-    is_static = isinstance(num_samples, int)
+    num_samples, num_channels = ops.shape(inputs)[0], inputs.shape[-1]
+    is_static = _is_static(num_samples, grid)
     index, is_inside = (_static_places if is_static else _places)(num_samples, grid, max_rows)
-    pixels = ops.reshape(inputs, (num_samples * math.prod(grid[0]), inputs.shape[-1]))
+    pixels = ops.reshape(inputs, (num_samples * math.prod(grid[0]), num_channels))
     # Of no pixels, JAX would take no positions either.
-    rows = ops.reshape(ops.take(pixels, _as_index(index), axis=0), (*ops.shape(index), inputs.shape[-1]))
+    rows = ops.reshape(ops.take(pixels, _as_index(index), axis=0), (*ops.shape(index), num_channels))
     return rows if is_inside is None else ops.where(_as_index(is_inside)[..., None], rows, ops.zeros((), rows.dtype))
+
+
+def _is_static(num_samples, grid):
+    return all(isinstance(size, int) for size in (num_samples, *grid[0]))
 
 
 def _places(num_samples, grid, max_rows):
@@ -163,19 +183,24 @@ def _places(num_samples, grid, max_rows):
 
     Args:
         num_samples: integer, or scalar tensor.
-        grid: lengths, paddings, strides, numbers of positions, each a spatial axis, and the offsets of the kernel's positions.
+        grid: lengths, paddings before, strides, numbers of positions, each a spatial axis, the offsets of the kernel's
+            positions, and whether there is padding. Lengths, paddings and numbers are integers or scalar tensors.
         max_rows: integer.
     """
-    lengths, pads, strides, outputs, offsets = grid
-    numbers = np if isinstance(num_samples, int) else ops
+    lengths, before, strides, outputs, offsets, is_padded = grid
+    numbers = np if _is_static(num_samples, grid) else ops
     num_positions = math.prod(outputs)
     # Some sixteen positions of a sample before fewer samples, then as coarse a grid as keeps to the limit.
-    samples = spread_indices(num_samples, max(1, max_rows // min(num_positions, 16)))
+    if isinstance(num_positions, int):
+        samples = spread_indices(num_samples, max(1, max_rows // min(num_positions, 16)))
+    else:
+        samples = spread_indices(num_samples, ops.maximum(1, max_rows // ops.clip(num_positions, 1, 16)))
     if numbers is np:
         ratio = max(len(samples) * num_positions / max_rows, 1.0)
         factor = math.ceil(ratio ** (1 / len(lengths)) - 1e-9)
     else:
-        ratio = ops.maximum(ops.cast(ops.shape(samples)[0], "float32") * (num_positions / max_rows), 1.0)
+        num_patches = ops.cast(ops.shape(samples)[0], "float32") * ops.cast(num_positions, "float32")
+        ratio = ops.maximum(num_patches / max_rows, 1.0)
         factor = ops.cast(ops.ceil(ratio ** (1 / len(lengths)) - 1e-6), "int32")
     steps = [numbers.minimum(factor, output) for output in outputs]
     kept = [numbers.arange((step - 1) // 2, output, step) for step, output in zip(steps, outputs, strict=True)]
@@ -183,12 +208,12 @@ def _places(num_samples, grid, max_rows):
     rest = spread_indices(math.prod(sizes), max_rows)
     index, unit, are_inside = 0, 1, []
     for axis in reversed(range(len(lengths))):
-        places = numbers.take(kept[axis], rest % sizes[axis + 1], axis=0) * strides[axis] - pads[axis][0]
+        places = numbers.take(kept[axis], rest % sizes[axis + 1], axis=0) * strides[axis] - before[axis]
         places = places[:, None] + np.array([offset[axis] for offset in offsets], "int32")
         are_inside.append((places >= 0) & (places < lengths[axis]))
         index, unit, rest = index + unit * places, unit * lengths[axis], rest // sizes[axis + 1]
     index = index + unit * numbers.take(samples, rest, axis=0)[:, None]
-    if not any(map(any, pads)):
+    if not is_padded:
         return index, None
     is_inside = functools.reduce(numbers.logical_and, are_inside)
     return numbers.where(is_inside, index, 0), is_inside

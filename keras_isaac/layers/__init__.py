@@ -8,6 +8,8 @@ the kernel's id.
 
 import keras
 
+from keras_isaac.curvature.rows import sampled_rows
+from keras_isaac.layers.calls import call_with, conditioned, mask_of
 from keras_isaac.layers.convolution import ConvAdapter, ConvTransposeAdapter, SeparableConvAdapter
 from keras_isaac.layers.dense import DenseAdapter
 from keras_isaac.layers.einsum import EinsumDenseAdapter
@@ -15,6 +17,8 @@ from keras_isaac.layers.embedding import EmbeddingAdapter, ReversibleEmbeddingAd
 from keras_isaac.layers.recurrent import BidirectionalAdapter, RNNAdapter
 from keras_isaac.layers.registered import RegisteredAdapter
 from keras_isaac.layers.time_distributed import TimeDistributedAdapter
+
+__all__ = ["call_with", "conditioned", "mask_of", "register_adapter", "register_layer", "sampled_rows"]
 
 _KINDS = {
     "Dense": DenseAdapter,
@@ -46,7 +50,7 @@ _KINDS = {
 _ADAPTERS = {getattr(keras.layers, name).call: adapter for name, adapter in _KINDS.items() if hasattr(keras.layers, name)}
 
 
-def register_layer(layer_class, kernel, rows):
+def register_layer(layer_class, kernel, rows, groups=False):
     """Says how a layer of your own reads, so that `capture_inputs` captures it.
 
     For a layer that multiplies its inputs by a kernel, once a position, and then does what it likes. Its own `call` keeps
@@ -54,12 +58,18 @@ def register_layer(layer_class, kernel, rows):
 
     Args:
         layer_class: subclass of `keras.Layer` with a `call` of its own.
-        kernel: string, the attribute that holds the kernel, a variable whose first axes are those that meet the inputs.
+        kernel: string, the attribute that holds the kernel, a variable whose first axes are those that meet the inputs. A dot
+            leads to a layer inside: `"experts.weight"`. For a layer of several kernels, call this once for each.
         rows: function of the layer and the first argument of `call`, which returns what meets the kernel, a tensor
-            `[samples, *positions, in]`.
+            `[samples, *positions, in]`; or that and a mask `[samples, *positions]`, true where a row counts. Without one,
+            the mask that Keras carries with the inputs says which rows count.
+        groups: boolean, whether the first axis of the kernel is one of groups, such as experts or heads, each of which meets
+            rows of its own: the kernel is `[groups, in, ...]`, the rows `[groups, samples, *positions, in]`, and the mask
+            with or without the groups. Defaults to `False`.
 
     Raises:
         TypeError: if `layer_class` is no layer class, `kernel` no string or `rows` no function.
+        ValueError: if `layer_class` has no `call` of its own.
 
     Example:
     >>> import keras
@@ -79,12 +89,80 @@ def register_layer(layer_class, kernel, rows):
             "`kernel` must be the name of an attribute and `rows` a function of the layer and its inputs. "
             f"Received: kernel={kernel!r}, rows={rows!r}"
         )
-    _ADAPTERS[layer_class.call] = RegisteredAdapter(layer_class.__name__, kernel, rows)
+    _check_call(layer_class)
+    adapter = _ADAPTERS.get(layer_class.call)
+    if not isinstance(adapter, RegisteredAdapter):
+        adapter = _ADAPTERS[layer_class.call] = RegisteredAdapter(layer_class.__name__)
+    adapter.add(kernel, rows, groups)
+
+
+def register_adapter(layer_class, adapter):
+    """Says by an adapter how a layer of your own is conditioned, for what `register_layer` cannot say.
+
+    Args:
+        layer_class: subclass of `keras.Layer` with a `call` of its own.
+        adapter: object of two functions. `kernels(layer)` lists the variables that it conditions.
+            `call(layer, conditioning_of, inputs, ...)` takes the place of the layer's `call` in a training step, with the
+            products or kernels conditioned; `conditioning_of(kernel)` is the `Conditioning` of a kernel, or `None` where it is
+            to be left plain. `keras_isaac.layers` has what they are made of: `sampled_rows`, `conditioned`, `mask_of` and
+            `call_with`.
+
+    Raises:
+        TypeError: if `layer_class` is no layer class, or the adapter lacks one of the functions.
+        ValueError: if `layer_class` has no `call` of its own.
+
+    Example:
+    >>> import keras
+    >>> from keras_isaac import capture_inputs, register_adapter
+    >>> from keras_isaac.layers import call_with, conditioned, mask_of, sampled_rows
+    >>> class Transposed(keras.layers.Layer):
+    ...     def build(self, input_shape):
+    ...         self.weight = self.add_weight(shape=(4, input_shape[-1]))
+    ...     def call(self, inputs):
+    ...         return keras.ops.matmul(inputs, keras.ops.transpose(self.weight))
+    >>> class TransposedAdapter:
+    ...     def kernels(self, layer):
+    ...         return [layer.weight]
+    ...     def call(self, layer, conditioning_of, inputs):
+    ...         conditioning = conditioning_of(layer.weight)
+    ...         rows = sampled_rows(inputs, conditioning, mask_of(inputs))
+    ...         matrix = keras.ops.transpose(keras.ops.convert_to_tensor(layer.weight))
+    ...         weight = keras.ops.transpose(conditioned(matrix, conditioning, rows))
+    ...         return call_with(layer, [(layer.weight, weight)], inputs)
+    >>> register_adapter(Transposed, TransposedAdapter())
+    >>> layer = capture_inputs(Transposed())
+    """
+    if not (isinstance(layer_class, type) and issubclass(layer_class, keras.Layer)):
+        raise TypeError(f"`layer_class` must be a subclass of `keras.Layer`. Received: layer_class={layer_class!r}")
+    if not all(callable(getattr(adapter, name, None)) for name in ("kernels", "call")):
+        raise TypeError(f"`adapter` must have the functions `kernels` and `call`. Received: adapter={adapter!r}")
+    _check_call(layer_class)
+    _ADAPTERS[layer_class.call] = adapter
+
+
+def _check_call(layer_class):
+    # Layers are known by their function: an inherited one is that of other layers too.
+    if "call" not in vars(layer_class):
+        owner = next(base for base in layer_class.__mro__ if "call" in vars(base))
+        raise ValueError(
+            f"{layer_class.__name__} inherits its `call` from {owner.__name__}, so that registering it would change that layer "
+            f"too. Register {owner.__name__}, or write a `call` in {layer_class.__name__}, if only one that returns "
+            f"`super().call(...)`. Received: layer_class={layer_class!r}"
+        )
 
 
 def adapter_of(layer):
     """Returns the adapter of `layer`, or `None` if its kind is not supported."""
     return _ADAPTERS.get(type(layer).call)
+
+
+def kernels_of(layer):
+    """Returns the variables that the adapter of `layer` conditions.
+
+    A kernel that the layer computes, as weight normalization does, is none: the conditioned gradient of the product is no
+    direction of descent for what it is computed from.
+    """
+    return [kernel for kernel in adapter_of(layer).kernels(layer) if isinstance(kernel, keras.Variable)]
 
 
 def supported_kinds():

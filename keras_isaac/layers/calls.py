@@ -10,8 +10,8 @@ from keras_isaac.backend import layout
 from keras_isaac.curvature import operations, plan
 from keras_isaac.curvature.conditioner import cast
 from keras_isaac.curvature.record import KernelCall
-from keras_isaac.curvature.rows import sampled_rows
-from keras_isaac.keras_hooks import call_with, mask_of  # noqa: F401 (adapters take them from here)
+from keras_isaac.curvature.rows import Rows, sampled_rows
+from keras_isaac.keras_hooks import call_with, mask_of, own_call, quantization  # noqa: F401 (adapters take them from here)
 
 
 def as_dense(inputs):
@@ -50,6 +50,52 @@ def conditioned(matrix, conditioning, rows, outputs=None):
     kernel, twin, carrier = _with_twin_and_carrier(matrix, conditioning, outputs)
     kernel = _conditioned_kernel(kernel, twin, conditioning, call)
     return kernel if outputs is None else (kernel, carrier)
+
+
+def has_lora(layer):
+    """Whether the layer computes by LoRA's factors. Those that Keras quantizes by other modes do not use them."""
+    return getattr(layer, "lora_enabled", False) and quantization(layer) in (None, "int8", "int4")
+
+
+def main_kernels(layer):
+    """Returns the kernel of a layer, or LoRA's two factors; of a quantized layer what trains of them."""
+    if has_lora(layer):
+        return [layer.lora_kernel_a, layer.lora_kernel_b]
+    # Float8 multiplies a float kernel, rounded. Other modes have no kernel that trains.
+    return [layer.kernel] if quantization(layer) in (None, "float8") else []
+
+
+def conditioned_factors(kernels, matrices, conditioning_of, rows):
+    """Returns the matrices of LoRA's factors, those that train with their gradients conditioned.
+
+    The second factor meets the rows' products with the first, a row for each group and each output of the first.
+
+    Args:
+        kernels: the two variables.
+        matrices: their tensors, `[(groups,) in, outputs * rank]` and `[rank, out]`; or the second `[groups, rank, out]`, of
+            which each group meets as many of the rows, in their order.
+        conditioning_of: see the adapters.
+        rows: `Rows` `[(groups,) rows, in]` that meet the first.
+    """
+    (first, second), conditionings = matrices, [conditioning_of(kernel) for kernel in kernels]
+    if conditionings[1] is not None:
+        second = conditioned(second, conditionings[1], _rows_of_second(rows, first, second))
+    if conditionings[0] is not None:
+        first = conditioned(first, conditionings[0], rows)
+    return first, second
+
+
+def _rows_of_second(rows, first, second):
+    values, first = ops.stop_gradient(rows.values), ops.stop_gradient(first)
+    values = ops.matmul(ops.cast(values, first.dtype), first)
+    *groups, rank, _ = second.shape
+    times = math.prod(values.shape[:-2]) * (values.shape[-1] // rank)
+    num_counted, num_represented = rows.num_counted, rows.num_represented
+    if num_counted is not None:
+        num_counted = ops.reshape(ops.mean(num_counted) * times, (1, 1))
+    if num_represented is not None:
+        num_represented = num_represented * times // math.prod(groups)
+    return Rows(ops.reshape(values, (*groups, -1, rank)), num_counted, num_represented)
 
 
 def conditioned_table(table, tokens, conditioning, frequency, damping):

@@ -1,10 +1,20 @@
 """How convolutions read as rows times a kernel."""
 
+import math
+
 import keras
 from keras import ops
 
-from keras_isaac.curvature.rows import Rows, patches, sampled_rows
-from keras_isaac.layers.calls import Outputs, bias_and_activation, call_with, conditioned
+from keras_isaac.curvature.rows import Rows, patches, positions, sampled_rows
+from keras_isaac.layers.calls import (
+    Outputs,
+    bias_and_activation,
+    call_with,
+    conditioned,
+    conditioned_factors,
+    has_lora,
+    main_kernels,
+)
 
 
 class ConvAdapter:
@@ -12,20 +22,19 @@ class ConvAdapter:
 
     @staticmethod
     def kernels(layer):
-        """The kernel, or LoRA's first factor."""
-        return [layer.lora_kernel_a if getattr(layer, "lora_enabled", False) else layer.kernel]
+        """The kernel, or LoRA's factors."""
+        return main_kernels(layer)
 
     @staticmethod
     def call(layer, conditioning_of, inputs):
         """The layer's own `call`, its kernel conditioned on patches."""
-        (kernel,) = ConvAdapter.kernels(layer)
+        if has_lora(layer):
+            return _call_with_factors(layer, conditioning_of, inputs)
         depthwise = isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D))
-        # What comes of LoRA's first factor is not the layer's output.
-        output_shape = layer.compute_output_shape(inputs.shape) if kernel is layer.kernel else None
-        value, conditioning = ops.convert_to_tensor(kernel), conditioning_of(kernel)
-        value, carrier = _conditioned_convolution(layer, value, conditioning, inputs, output_shape, depthwise)
+        value, conditioning = ops.convert_to_tensor(layer.kernel), conditioning_of(layer.kernel)
+        value, carrier = _conditioned_convolution(layer, value, conditioning, inputs, depthwise)
         if carrier is None:
-            return call_with(layer, [(kernel, value)], inputs)
+            return call_with(layer, [(layer.kernel, value)], inputs)
         # The carrier is added before the activation.
         return bias_and_activation(layer, _convolve(layer, inputs, value, depthwise) + carrier, layer.data_format)
 
@@ -44,9 +53,7 @@ class SeparableConvAdapter:
         depthwise, pointwise = (ops.convert_to_tensor(kernel) for kernel in SeparableConvAdapter.kernels(layer))
         carrier, conditioning = None, conditioning_of(layer.depthwise_kernel)
         if conditioning is not None:
-            output_shape = list(layer.compute_output_shape(inputs.shape))
-            output_shape[_channel_axis(layer)] = pointwise.shape[-2]
-            depthwise, carrier = _conditioned_convolution(layer, depthwise, conditioning, inputs, output_shape, depthwise=True)
+            depthwise, carrier = _conditioned_convolution(layer, depthwise, conditioning, inputs, depthwise=True)
         options = {"padding": layer.padding, "data_format": layer.data_format, "dilation_rate": layer.dilation_rate}
         strides = layer.strides if layer.data_format == "channels_last" else layer.strides[-layer.rank :]
         inputs = ops.depthwise_conv(inputs, depthwise, strides=strides, **options)
@@ -83,30 +90,50 @@ class ConvTransposeAdapter:
         return call_with(layer, [(layer.kernel, ops.reshape(ops.transpose(matrix), value.shape))], inputs)
 
 
-def _conditioned_convolution(layer, kernel, conditioning, inputs, output_shape, depthwise):
-    """Returns the kernel, its gradient conditioned on patches and, given an `output_shape`, on the outputs; and a carrier.
+def _call_with_factors(layer, conditioning_of, inputs):
+    """Returns the layer's own `call`, with LoRA's factors `[*kernel_size, in of a group, rank]`, `[rank, out]` conditioned."""
+    kernels = ConvAdapter.kernels(layer)
+    (conditioning, *_) = filter(None, map(conditioning_of, kernels))
+    rows = _patches_of_groups(layer, _channels_last(layer, inputs), conditioning, layer.groups)
+    a, b = (ops.convert_to_tensor(kernel) for kernel in kernels)
+    first, second = ops.reshape(a, (-1, a.shape[-1])), b
+    if layer.groups > 1:
+        # One first factor meets the patches of all groups. What comes of each group meets its own columns of the second.
+        num_represented = None if rows.num_represented is None else rows.num_represented * layer.groups
+        rows = Rows(ops.reshape(rows.values, (-1, rows.values.shape[-1])), None, num_represented)
+        second = ops.swapaxes(ops.reshape(b, (b.shape[0], layer.groups, -1)), 0, 1)
+    first, second = conditioned_factors(kernels, (first, second), conditioning_of, rows)
+    second = ops.reshape(ops.swapaxes(second, 0, 1), b.shape) if layer.groups > 1 else second
+    return call_with(layer, zip(kernels, (ops.reshape(first, a.shape), second), strict=True), inputs)
+
+
+def _patches_of_groups(layer, inputs, conditioning, groups):
+    """Returns the patches of channels-last `inputs` as `Rows` `[rows, positions * in]`, or `[groups, ...]` of many groups."""
+    inputs = ops.stop_gradient(inputs)
+    rows = patches(inputs, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding, conditioning)
+    size, num_in = rows.values.shape[1], inputs.shape[-1] // groups
+    if groups == 1:
+        return rows._replace(values=ops.reshape(rows.values, (-1, size * num_in)))
+    # [rows, positions, groups * in] -> [groups, rows, positions * in]
+    values = ops.transpose(ops.reshape(rows.values, (-1, size, groups, num_in)), (2, 0, 1, 3))
+    return rows._replace(values=ops.reshape(values, (groups, -1, size * num_in)))
+
+
+def _conditioned_convolution(layer, kernel, conditioning, inputs, depthwise):
+    """Returns the kernel, its gradient conditioned on patches and on outputs, and a carrier for those.
 
     The kernel is `[*kernel_size, in of a group, out of all groups]`; if depthwise, `[*kernel_size, channels, multiplier]`,
     where every channel is a group.
     """
-    inputs = ops.stop_gradient(_channels_last(layer, inputs))
-    if None in inputs.shape[1:-1]:
-        # TensorFlow may trace a step for images of any size. There is no grid of patches then, and the gradient is plain.
-        return kernel, None
-    rows = patches(inputs, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding, conditioning)
-    size = rows.values.shape[1]
+    inputs = _channels_last(layer, inputs)
     groups = inputs.shape[-1] if depthwise else layer.groups
-    num_in = inputs.shape[-1] // groups
     num_groups = int(groups > 1)
+    rows = _patches_of_groups(layer, inputs, conditioning, groups)
     if num_groups:
-        # [rows, positions, groups * in] -> [groups, rows, positions * in]
-        values = ops.transpose(ops.reshape(rows.values, (-1, size, groups, num_in)), (2, 0, 1, 3))
-        values = ops.reshape(values, (groups, -1, size * num_in))
         # [*kernel_size, in, groups * out] -> [groups, positions * in, out]
-        matrix = ops.swapaxes(ops.reshape(kernel, (size * num_in, groups, -1)), 0, 1)
+        matrix = ops.swapaxes(ops.reshape(kernel, (rows.values.shape[-1], groups, -1)), 0, 1)
     else:
-        values, matrix = ops.reshape(rows.values, (-1, size * num_in)), ops.reshape(kernel, (size * num_in, -1))
-    rows = Rows(values, None, rows.num_represented)
+        matrix = ops.reshape(kernel, (rows.values.shape[-1], -1))
 
     def rows_of(outputs):
         outputs = _channels_last(layer, outputs)
@@ -116,11 +143,13 @@ def _conditioned_convolution(layer, kernel, conditioning, inputs, output_shape, 
         outputs = ops.reshape(outputs, (*ops.shape(outputs)[:-1], groups, outputs.shape[-1] // groups))
         return ops.moveaxis(outputs, -2, 0)
 
-    outputs = None
-    if output_shape is not None:
-        outputs = Outputs((ops.shape(inputs)[0], *output_shape[1:]), rows_of, num_groups=num_groups)
-    result = conditioned(matrix, conditioning, rows, outputs)
-    matrix, carrier = (result, None) if outputs is None else result
+    num_samples, *lengths, _ = ops.shape(inputs)
+    _, lengths = positions(lengths, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding)
+    num_outputs = math.prod(kernel.shape[-2:]) if depthwise else kernel.shape[-1]
+    output_shape = [num_samples, *lengths]
+    output_shape.insert(1 if layer.data_format == "channels_first" else len(output_shape), num_outputs)
+    outputs = Outputs(tuple(output_shape), rows_of, num_groups=num_groups)
+    matrix, carrier = conditioned(matrix, conditioning, rows, outputs)
     matrix = ops.swapaxes(matrix, 0, 1) if num_groups else matrix
     return ops.reshape(matrix, kernel.shape), carrier
 

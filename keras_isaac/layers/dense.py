@@ -3,7 +3,18 @@
 from keras import ops
 
 from keras_isaac.curvature.rows import sampled_rows
-from keras_isaac.layers.calls import as_dense, bias_and_activation, call_with, conditioned, mask_of, product
+from keras_isaac.layers.calls import (
+    as_dense,
+    bias_and_activation,
+    call_with,
+    conditioned,
+    conditioned_factors,
+    has_lora,
+    main_kernels,
+    mask_of,
+    product,
+    quantization,
+)
 
 
 class DenseAdapter:
@@ -11,15 +22,20 @@ class DenseAdapter:
 
     @staticmethod
     def kernels(layer):
-        """The kernel, or LoRA's first factor, which is what meets the inputs then."""
-        return [layer.lora_kernel_a if layer.lora_enabled else layer.kernel]
+        """The kernel, or LoRA's factors."""
+        return main_kernels(layer)
 
     @staticmethod
     def call(layer, conditioning_of, inputs, training=None):
         """`Dense.call`."""
-        (kernel,) = DenseAdapter.kernels(layer)
-        conditioning, value = conditioning_of(kernel), ops.convert_to_tensor(kernel)
-        if layer.lora_enabled:
-            rows = sampled_rows(as_dense(inputs), conditioning, mask_of(inputs))
-            return call_with(layer, [(kernel, conditioned(value, conditioning, rows))], inputs, training=training)
-        return bias_and_activation(layer, product(inputs, value, conditioning, mask_of(inputs)))
+        kernels = DenseAdapter.kernels(layer)
+        values = [ops.convert_to_tensor(kernel) for kernel in kernels]
+        (conditioning, *_) = filter(None, map(conditioning_of, kernels))
+        if quantization(layer) is None and not has_lora(layer):
+            return bias_and_activation(layer, product(inputs, values[0], conditioning, mask_of(inputs)))
+        rows = sampled_rows(as_dense(inputs), conditioning, mask_of(inputs))
+        if has_lora(layer):
+            values = conditioned_factors(kernels, values, conditioning_of, rows)
+        else:
+            values = [conditioned(values[0], conditioning, rows)]
+        return call_with(layer, zip(kernels, values, strict=True), inputs, training=training)

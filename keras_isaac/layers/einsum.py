@@ -10,7 +10,18 @@ import math
 from keras import ops
 
 from keras_isaac.curvature.rows import sampled_rows
-from keras_isaac.layers.calls import as_dense, bias_and_activation, call_with, conditioned, mask_of, product
+from keras_isaac.layers.calls import (
+    as_dense,
+    bias_and_activation,
+    call_with,
+    conditioned,
+    conditioned_factors,
+    has_lora,
+    main_kernels,
+    mask_of,
+    product,
+    quantization,
+)
 
 
 class EinsumDenseAdapter:
@@ -18,29 +29,32 @@ class EinsumDenseAdapter:
 
     @staticmethod
     def kernels(layer):
-        """The kernel, or LoRA's first factor, if an axis of the inputs is contracted with it."""
+        """The kernel, or LoRA's factors, if an axis of the inputs is contracted with it."""
         equation = _equation(layer.equation)
-        if not equation.is_product:
-            return []
-        if not layer.lora_enabled:
-            return [layer.kernel]
         # LoRA factors the last axis off the kernel, which must not be one that meets the inputs.
-        return [layer.lora_kernel_a] if equation.kernel[-1] in equation.outputs else []
+        is_factored = has_lora(layer) and equation.kernel[-1] not in equation.outputs
+        return main_kernels(layer) if equation.is_product and not is_factored else []
 
     @staticmethod
     def call(layer, conditioning_of, inputs, training=None):
         """`EinsumDense.call`."""
         equation = _equation(layer.equation, len(inputs.shape))
-        (kernel,) = EinsumDenseAdapter.kernels(layer)
-        conditioning = conditioning_of(kernel)
-        value, mask = ops.convert_to_tensor(kernel), mask_of(inputs)
+        kernels = EinsumDenseAdapter.kernels(layer)
+        (conditioning, *_) = filter(None, map(conditioning_of, kernels))
+        value, mask = ops.convert_to_tensor(kernels[0]), mask_of(inputs)
         matrix, rows = equation.matrix_of(value), equation.rows_of(as_dense(inputs))
         mask = None if mask is None else equation.mask_of(mask, inputs)
-        if layer.lora_enabled:
-            matrix = conditioned(matrix, conditioning, sampled_rows(rows, conditioning, mask, equation.num_groups))
-            return call_with(layer, [(kernel, equation.kernel_of(matrix, value.shape))], inputs, training=training)
-        products = product(rows, matrix, conditioning, mask, equation.num_groups)
-        return bias_and_activation(layer, equation.output_of(products, value.shape))
+        if quantization(layer) is None and not has_lora(layer):
+            products = product(rows, matrix, conditioning, mask, equation.num_groups)
+            return bias_and_activation(layer, equation.output_of(products, value.shape))
+        rows, others = sampled_rows(rows, conditioning, mask, equation.num_groups), []
+        if has_lora(layer):
+            matrices = matrix, ops.convert_to_tensor(kernels[1])
+            matrix, *others = conditioned_factors(kernels, matrices, conditioning_of, rows)
+        else:
+            matrix = conditioned(matrix, conditioning, rows)
+        values = zip(kernels, (equation.kernel_of(matrix, value.shape), *others), strict=True)
+        return call_with(layer, values, inputs, training=training)
 
 
 class Equation:

@@ -4,7 +4,20 @@ import keras
 from keras import ops
 
 from keras_isaac import backend
-from keras_isaac.layers.calls import as_dense, call_with, conditioned_lookups, conditioned_table, mask_of, product
+from keras_isaac.curvature.rows import sampled_rows
+from keras_isaac.layers.calls import (
+    as_dense,
+    call_with,
+    conditioned,
+    conditioned_factors,
+    conditioned_lookups,
+    conditioned_table,
+    has_lora,
+    mask_of,
+    own_call,
+    product,
+    quantization,
+)
 
 
 class EmbeddingAdapter:
@@ -16,8 +29,10 @@ class EmbeddingAdapter:
 
     @staticmethod
     def kernels(layer):
-        """The table, or LoRA's first factor."""
-        return [layer.lora_embeddings_a if layer.lora_enabled else layer.embeddings]
+        """The table, or LoRA's factors."""
+        if has_lora(layer):
+            return [layer.lora_embeddings_a, layer.lora_embeddings_b]
+        return [layer.embeddings] if quantization(layer) is None else []
 
     @staticmethod
     def call(layer, conditioning_of, inputs):
@@ -25,10 +40,12 @@ class EmbeddingAdapter:
         if hasattr(inputs, "with_flat_values"):
             # TensorFlow's ragged tensor.
             return inputs.with_flat_values(EmbeddingAdapter.call(layer, conditioning_of, inputs.flat_values))
+        if has_lora(layer):
+            return call_with(layer, _conditioned_values(layer, conditioning_of, inputs), inputs)
         (kernel,) = EmbeddingAdapter.kernels(layer)
         conditioning = conditioning_of(kernel)
-        if layer.lora_enabled or conditioning.preserve_norm:
-            return call_with(layer, [(kernel, _conditioned_table(layer, kernel, conditioning, inputs))], inputs)
+        if conditioning.preserve_norm:
+            return call_with(layer, _conditioned_values(layer, conditioning_of, inputs), inputs)
         # A row's gradient is the sum of its tokens' gradients. Scaling those keeps TensorFlow's gradient sparse.
         tokens = ops.cast(as_dense(inputs), "int32")
         outputs = keras.layers.Embedding.call(layer, inputs)
@@ -40,23 +57,27 @@ class ReversibleEmbeddingAdapter:
 
     @staticmethod
     def kernels(layer):
-        """The table and, if the weights are not tied, the reverse kernel."""
-        return EmbeddingAdapter.kernels(layer) + ([] if layer.tie_weights else [layer.reverse_embeddings])
+        """The table, or LoRA's factors; and, if the weights are not tied, the reverse kernel."""
+        has_reverse_kernel = not layer.tie_weights and quantization(layer) is None
+        return EmbeddingAdapter.kernels(layer) + ([layer.reverse_embeddings] if has_reverse_kernel else [])
 
     @staticmethod
     def call(layer, conditioning_of, inputs, reverse=False):
         """`ReversibleEmbedding.call`."""
-        kernel = ReversibleEmbeddingAdapter.kernels(layer)[-1 if reverse else 0]
-        conditioning = conditioning_of(kernel)
-        if conditioning is None or (reverse and layer.lora_enabled):
-            return keras.layers.ReversibleEmbedding.call(layer, inputs, reverse=reverse)
+        kernels = [layer.reverse_embeddings] if reverse and not layer.tie_weights else EmbeddingAdapter.kernels(layer)
+        # Quantized, the layer does not use the factors in reverse.
+        if not any(map(conditioning_of, kernels)) or (reverse and quantization(layer) is not None):
+            return own_call(layer)(layer, inputs, reverse=reverse)
         if not reverse:
-            if keras.backend.backend() == "jax":
-                # The layer gives its output a mask, which on JAX nobody else can. There, gradients of tables are dense anyway.
-                return call_with(layer, [(kernel, _conditioned_table(layer, kernel, conditioning, inputs))], inputs)
+            # The layer gives its output a mask, which on JAX nobody else can. There, gradients of tables are dense anyway.
+            if has_lora(layer) or keras.backend.backend() == "jax":
+                return call_with(layer, _conditioned_values(layer, conditioning_of, inputs), inputs)
             outputs = EmbeddingAdapter.call(layer, conditioning_of, inputs)
             outputs._keras_mask = keras.layers.Embedding.compute_mask(layer, inputs)
             return outputs
+        if len(kernels) == 2:
+            return call_with(layer, _factors_in_reverse(kernels, conditioning_of, inputs), inputs, reverse=True)
+        kernel, conditioning = kernels[0], conditioning_of(kernels[0])
         value = ops.convert_to_tensor(kernel)
         value = ops.transpose(value) if layer.tie_weights else value
         mask = mask_of(inputs)
@@ -88,8 +109,29 @@ def _token_frequency(layer, conditioning, tokens):
     return frequency, damping
 
 
-def _conditioned_table(layer, kernel, conditioning, inputs):
-    """Returns the table with its gradient conditioned, as a dense one."""
-    tokens = ops.cast(as_dense(inputs), "int32")
-    frequency, damping = _token_frequency(layer, conditioning, tokens)
-    return conditioned_table(ops.convert_to_tensor(kernel), tokens, conditioning, frequency, damping)
+def _conditioned_values(layer, conditioning_of, inputs):
+    """Returns pairs of each of the kernels that train and its tensor, the gradient of the table a dense one."""
+    kernels = EmbeddingAdapter.kernels(layer)
+    tokens, table = ops.cast(as_dense(inputs), "int32"), ops.convert_to_tensor(kernels[0])
+    conditioning, *others = map(conditioning_of, kernels)
+    values = []
+    if any(others):
+        # LoRA's second factor meets what is looked up in the first.
+        mask = tokens != 0 if layer.mask_zero else None
+        rows = sampled_rows(ops.take(ops.stop_gradient(table), tokens, axis=0), others[0], mask)
+        values.append((kernels[1], conditioned(ops.convert_to_tensor(kernels[1]), others[0], rows)))
+    if conditioning is not None:
+        frequency, damping = _token_frequency(layer, conditioning, tokens)
+        values.append((kernels[0], conditioned_table(table, tokens, conditioning, frequency, damping)))
+    return values
+
+
+def _factors_in_reverse(kernels, conditioning_of, inputs):
+    """Returns pairs of LoRA's factors and tensors, where a product with their transposes meets the inputs."""
+    (conditioning, *_) = filter(None, map(conditioning_of, kernels))
+    rows = sampled_rows(inputs, conditioning, mask_of(inputs))
+    # The inputs meet the second factor first.
+    kernels = kernels[::-1]
+    matrices = [ops.transpose(ops.convert_to_tensor(kernel)) for kernel in kernels]
+    matrices = conditioned_factors(kernels, matrices, conditioning_of, rows)
+    return [(kernel, ops.transpose(matrix)) for kernel, matrix in zip(kernels, matrices, strict=True)]

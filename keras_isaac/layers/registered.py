@@ -1,5 +1,6 @@
 """How a layer of the user's reads as rows times a kernel."""
 
+import functools
 import math
 
 from keras import ops
@@ -9,26 +10,41 @@ from keras_isaac.layers.calls import call_with, conditioned, mask_of
 
 
 class RegisteredAdapter:
-    """A layer of the user's: rows by its function, the rest by its own `call`."""
+    """A layer of the user's: rows by its functions, one a kernel, the rest by its own `call`."""
 
-    def __init__(self, name, kernel, rows):
-        self.name, self.kernel, self.rows = name, kernel, rows
+    def __init__(self, name):
+        self.name, self.reads = name, {}
+
+    def add(self, kernel, rows, groups):
+        """Adds a kernel, or reads it anew: an attribute, its function of rows, and whether its first axis is one of groups."""
+        self.reads[kernel] = rows, groups
 
     def kernels(self, layer):
-        """The named variable."""
-        return [getattr(layer, self.kernel)]
+        """The named variables."""
+        # "bank.weight" is an attribute of an attribute.
+        return [functools.reduce(getattr, kernel.split("."), layer) for kernel in self.reads]
 
     def call(self, layer, conditioning_of, inputs, *args, **kwargs):
         """The layer's own `call`."""
-        (kernel,) = self.kernels(layer)
-        value, rows = ops.convert_to_tensor(kernel), self.rows(layer, inputs)
-        if math.prod(value.shape) % rows.shape[-1]:
+        values = []
+        for variable, (name, (rows_of, groups)) in zip(self.kernels(layer), self.reads.items(), strict=True):
+            conditioning = conditioning_of(variable)
+            if conditioning is not None:
+                rows = rows_of(layer, inputs)
+                rows, mask = rows if isinstance(rows, tuple) else (rows, mask_of(inputs))
+                values.append((variable, self._conditioned(layer, name, variable, rows, mask, groups, conditioning)))
+        return call_with(layer, values, inputs, *args, **kwargs)
+
+    def _conditioned(self, layer, name, variable, rows, mask, groups, conditioning):
+        value, num_groups = ops.convert_to_tensor(variable), int(groups)
+        *group_shape, num_in = (*rows.shape[:num_groups], rows.shape[-1])
+        if tuple(value.shape[:num_groups]) != tuple(group_shape) or math.prod(value.shape[num_groups:]) % num_in:
+            axes = "after an axis of groups, the last axis of the rows" if groups else "the last axis of the rows"
             raise ValueError(
-                f"The rows registered for {self.name} layer '{layer.path}' do not fit its kernel: the last axis of the rows "
+                f"The rows registered for {self.name} layer '{layer.path}' do not fit its kernel: {axes} "
                 "must be the product of the kernel's first axes. "
-                f"Received: rows of shape {tuple(rows.shape)}, `{self.kernel}` of shape {tuple(value.shape)}"
+                f"Received: rows of shape {tuple(rows.shape)}, `{name}` of shape {tuple(value.shape)}"
             )
-        matrix = ops.reshape(value, (rows.shape[-1], -1))
-        conditioning = conditioning_of(kernel)
-        matrix = conditioned(matrix, conditioning, sampled_rows(rows, conditioning, mask_of(inputs)))
-        return call_with(layer, [(kernel, ops.reshape(matrix, value.shape))], inputs, *args, **kwargs)
+        matrix = ops.reshape(value, (*group_shape, num_in, -1))
+        matrix = conditioned(matrix, conditioning, sampled_rows(rows, conditioning, mask, num_groups))
+        return ops.reshape(matrix, value.shape)
