@@ -197,9 +197,9 @@ class _Selection:
 
     def check(self, model):
         """Raises if a rule matched nothing, or nothing that can be conditioned, although all layers are built."""
-        layers = list(walk(model))
-        if not all(layer.built for layer, _ in layers):
+        if any(not layer.built for layer in self.waiting):
             return
+        layers = list(walk(model)) if self.include or self.exclude else ()
         for name, rules in (("include", self.include), ("exclude", self.exclude)):
             for rule in rules or ():
                 if rule not in self._matched:
