@@ -1,6 +1,6 @@
 """Two optimizers that work on whole kernels, as baselines and as inner optimizers of ISAAC: Muon and SOAP.
 
-Both see a kernel as the matrix of inputs by outputs that it is, also in attention and convolutions, and leave all else to AdamW.
+Both see a kernel as a matrix of inputs by outputs, also in attention and convolutions, and leave all else to AdamW.
 """
 
 import math
@@ -13,8 +13,8 @@ from keras import ops
 class MatrixOptimizer(keras.optimizers.AdamW):
     """AdamW, but for the kernels, which a subclass updates as matrices.
 
-    A subclass defines `build_matrix`, which returns the state of a matrix, and `matrix_update`, which returns what is subtracted,
-    in units of the learning rate.
+    A subclass defines `build_matrix`, which returns the state of a matrix, and `matrix_update`, which returns what the learning
+    rate multiplies and the step subtracts.
 
     Args:
         learning_rate: float or schedule.

@@ -5,9 +5,9 @@
 
 - The learning rate warms up over 5 % of the steps and then falls to zero by a cosine, whatever the method (of
   ScheduleFreeAdamW, which is made for it, it stays).
-- Each method gets the same number of settings, over its learning rate and a second number: the damping of ISAAC, else the weight
-  decay. The first is its default. Each further one is a neighbour of the best so far that was not tried yet, so that no grid
-  ends. A horizon beyond 1, which is that many times the steps, starts from the best of the horizon before.
+- Each method gets the same number of settings, over its learning rate and a second number: the damping of ISAAC, the weight
+  decay of the others. The first setting is its default. Each further one is a neighbour of the best so far, so that no grid
+  ends. A horizon is how many times the task's steps are trained; the search at 4 starts from the best setting at 1.
 - The best is chosen by the loss of validation data, with one seed; with others, it is then measured on test data.
 
 Each run is a line of `results/TASK.jsonl` (or of the folder that KERAS_ISAAC_RESULTS names). MNIST comes through
@@ -88,24 +88,26 @@ class Trainer:
     def _step(self, state, number, places, learning_rate, second, total, x, y):
         """Trains one step; returns the state after it, and the batch's loss."""
         trainable, others, optimizer_variables = state
-        optimizer, inner = self.optimizer, getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        rate = learning_rate * self._schedule(number, total)
-        set_to = {id(optimizer.learning_rate): rate, id(getattr(optimizer, "damping", None)): second}
+        set_to = {id(self.optimizer.learning_rate): learning_rate * self._schedule(number, total)}
+        scope = contextlib.nullcontext()
+        if self.is_isaac:
+            set_to[id(self.optimizer.damping)] = second
+        else:
+            self.optimizer.weight_decay = second
         optimizer_variables = [
-            set_to.get(id(variable), value) for variable, value in zip(optimizer.variables, optimizer_variables, strict=True)
+            set_to.get(id(variable), value)
+            for variable, value in zip(self.optimizer.variables, optimizer_variables, strict=True)
         ]
-        if not self.is_isaac:
-            inner.weight_decay = second
+        if self.is_isaac:
+            scope = self.optimizer.conditioning(optimizer_variables)
 
         def loss_of(trainable):
             call, updated = self._call(trainable, others)
-            loss = self.task.loss(call, x[places], y[places])
-            return loss, updated[-1] if updated else others
+            return self.task.loss(call, x[places], y[places]), updated
 
-        scope = optimizer.conditioning(optimizer_variables) if self.is_isaac else contextlib.nullcontext()
         with scope:
-            (loss, others), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable)
-        trainable, optimizer_variables = optimizer.stateless_apply(optimizer_variables, gradients, trainable)
+            (loss, (*_, others)), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable)
+        trainable, optimizer_variables = self.optimizer.stateless_apply(optimizer_variables, gradients, trainable)
         return (trainable, others, optimizer_variables), loss
 
     def _call(self, trainable, others, training=True):
@@ -216,7 +218,7 @@ def next_setting(losses, start, num_settings):
 
 
 def missing(task, method, horizon, num_settings, num_seeds):
-    """Yields the runs `(rate, second, seed)` to make, as long as there are any; each is to be made before the next is asked for."""
+    """Yields the runs `(rate, second, seed)` to make; each must be made before the next is asked for."""
     start = METHODS[method].learning_rate, METHODS[method].second
     earlier = [each for each in HORIZONS if each < horizon]
     if earlier:

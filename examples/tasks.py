@@ -3,6 +3,7 @@
 import csv
 import functools
 import importlib.util
+import itertools
 import os
 import sysconfig
 from collections.abc import Callable
@@ -151,7 +152,7 @@ def _windows(texts):
 def _in_three(text):
     """Eight tenths of a text, one and one."""
     places = [0, len(text) * 8 // 10, len(text) * 9 // 10, len(text)]
-    return [text[start:stop] for start, stop in zip(places[:-1], places[1:], strict=True)]
+    return [text[start:stop] for start, stop in itertools.pairwise(places)]
 
 
 def prose():
@@ -176,9 +177,11 @@ def library():
     """The source of Python's standard library; of every ten files, one is for validation and one for the test."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     texts = [file.read_text("utf-8", "replace") for file in files]
-    is_held_out = [position % 10 for position in range(len(texts))]
-    parts = [[text for text, place in zip(texts, is_held_out, strict=True) if place in places] for places in (range(8), (8,), (9,))]
-    return _windows(["".join(part) for part in parts])
+    parts = {8: [], 9: []}
+    training = []
+    for place, text in enumerate(texts):
+        parts.get(place % 10, training).append(text)
+    return _windows(["".join(part) for part in (training, *parts.values())])
 
 
 @functools.cache
@@ -247,7 +250,8 @@ def diamonds():
     with (Path(folder) / "data" / "diamonds.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     numbers = np.array([[float(row[name]) for name in ("carat", "depth", "table", "x", "y", "z")] for row in rows])
-    columns = [(numbers - numbers.mean(0)) / numbers.std(0)]
+    # A few lengths are typing errors, as far as thirty standard deviations out.
+    columns = [np.clip((numbers - numbers.mean(0)) / numbers.std(0), -4, 4)]
     for name in ("cut", "color", "clarity"):
         values = np.array([row[name] for row in rows])
         columns.append(values[:, None] == np.unique(values))
