@@ -5,9 +5,9 @@
 
 - The learning rate warms up over 5 % of the steps and then falls to zero by a cosine, whatever the method (of
   ScheduleFreeAdamW, which is made for it, it stays).
-- Each method gets the same number of settings, over its learning rate and a second number: the damping of ISAAC, the weight
-  decay of the others. The first setting is its default. Each further one is a neighbour of the best so far, so that no grid
-  ends. A horizon is how many times the task's steps are trained; the search at 4 starts from the best setting at 1.
+- Each method gets the same number of settings, over its learning rate and a second number: the damping of ISAAC and K-FAC, the
+  weight decay of the others. The first setting is its default, and each further one a neighbour of the best so far, so that no
+  grid ends. A horizon is how many times the task's steps are trained; the search at 4 starts from the best setting at 1.
 - The best is chosen by the loss of validation data, with one seed; with others, it is then measured on test data.
 
 Each run is a line of `results/TASK.jsonl` (or of the folder that KERAS_ISAAC_RESULTS names). MNIST comes through
@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from baselines import SOAP, Muon
 from keras.optimizers import SGD, AdamW, Lion, ScheduleFreeAdamW
-from tasks import TASKS
+from tasks import TASKS, batches
 
 from keras_isaac import ISAAC, capture_inputs
 
@@ -43,7 +43,7 @@ class Method(NamedTuple):
     """How an optimizer is made, and where the search for its best setting starts.
 
     Args:
-        make: function without arguments, returns the optimizer.
+        make: function without arguments, returns the optimizer; `None` for K-FAC, which has a trainer of its own.
         learning_rate: float, where the search starts.
         second: float, the same of the damping of ISAAC, or of the weight decay of another optimizer.
         is_constant: boolean, whether the learning rate stays after the warm-up.
@@ -66,7 +66,10 @@ METHODS = {
     "momentum": Method(lambda: SGD(momentum=0.9, weight_decay=0.0), 0.1, 1e-4),
     "Lion": Method(Lion, 1e-4, 0.1),
     "ScheduleFreeAdamW": Method(lambda: ScheduleFreeAdamW(weight_decay=0.0), 0.003, 0.01, True),
+    "K-FAC": Method(None, 0.3, 0.1),
 }
+# It is of dense layers, and trains the paper's networks.
+KFAC_TASKS = ("classifier", "autoencoder")
 
 
 class Trainer:
@@ -140,8 +143,8 @@ class Trainer:
             name: sum(weight * float(each[name]) for weight, each in zip(weights, results, strict=True)) for name in results[0]
         }
 
-    def run(self, learning_rate, second, seed, horizon=1):
-        """Returns the training loss and the validation loss after each tenth of the steps, and the measures of test data."""
+    def start(self, seed):
+        """Returns the state before the first step: weights, other variables of the model, variables of the optimizer."""
         model = self.task.build(seed)
         values = [[variable.value for variable in each] for each in (model.trainable_variables, model.non_trainable_variables)]
         initial = list(self.initial)
@@ -150,33 +153,36 @@ class Trainer:
             places = [place for place, variable in enumerate(self.optimizer.variables) if variable.name.endswith("momentum")]
             for place, value in zip(places, values[0], strict=True):
                 initial[place] = value
-        state = (*values, initial)
+        return (*values, initial)
+
+    def run(self, learning_rate, second, seed, horizon=1):
+        """Returns the training loss and the validation loss after each tenth of the steps, and the measures of test data."""
+        state = self.start(seed)
         (x, y), validation, test = self.parts
-        num_steps = self.task.steps // NUM_CHECKS
-        total = num_steps * NUM_CHECKS * horizon
+        num_steps = self.task.steps // NUM_CHECKS * horizon
+        total = num_steps * NUM_CHECKS
         order = batches(len(x), total, self.task.batch_size, seed)
         train_losses, validation_losses = [], []
-        for piece in range(NUM_CHECKS * horizon):
+        for check in range(NUM_CHECKS):
             losses = []
-            for number in range(piece * num_steps, (piece + 1) * num_steps):
+            for number in range(check * num_steps, (check + 1) * num_steps):
                 state, loss = self.step(state, float(number), order[number], learning_rate, second, float(total), x, y)
                 losses.append(loss)
             train_losses.append(float(np.mean(losses)))
             if not train_losses[-1] < 10 * train_losses[0]:
                 return {"train": None}
-            if (piece + 1) % horizon == 0:
-                validation_losses.append(self.evaluate(state, *validation)["loss"])
-        train_losses = np.mean(np.reshape(train_losses, (NUM_CHECKS, horizon)), axis=1)
+            validation_losses.append(self.evaluate(state, *validation)["loss"])
         result = {"train": train_losses, "validation": validation_losses, **self.evaluate(state, *test)}
         return {name: [float(f"{x:.4g}") for x in v] if np.ndim(v) else float(f"{v:.4g}") for name, v in result.items()}
 
 
-def batches(num_samples, num_steps, batch_size, seed):
-    """Returns which samples make the batch of each step, `[steps, batch]`, the same for all methods."""
-    orders = np.random.default_rng(seed)
-    num_epochs = -(-num_steps * batch_size // num_samples)
-    places = np.concatenate([orders.permutation(num_samples) for _ in range(num_epochs)])
-    return places[: num_steps * batch_size].reshape(num_steps, batch_size)
+def make_trainer(task, method):
+    """Returns what trains a task under a method."""
+    if method.make is None:
+        from kfac import KfacTrainer
+
+        return KfacTrainer(task, method)
+    return Trainer(task, method)
 
 
 def load(task):
@@ -247,13 +253,15 @@ def main():
     RESULTS.mkdir(exist_ok=True)
     for task in arguments.tasks.split(","):
         for method in arguments.methods.split(";"):
+            if method == "K-FAC" and task not in KFAC_TASKS:
+                continue
             trainer = None
             for rate, second, seed in missing(task, method, arguments.horizon, arguments.settings, arguments.seeds):
                 start = time.perf_counter()
                 if start - started > arguments.max_seconds:
                     print("out of time")
                     return
-                trainer = trainer or Trainer(TASKS[task], METHODS[method])
+                trainer = trainer or make_trainer(TASKS[task], METHODS[method])
                 names = {"method": method, "horizon": arguments.horizon, "rate": rate, "second": second, "seed": seed}
                 run = {**names, **trainer.run(rate, second, seed, arguments.horizon)}
                 with (RESULTS / f"{task}.jsonl").open("a") as file:

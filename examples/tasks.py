@@ -300,6 +300,14 @@ def poisson():
     return parts
 
 
+def batches(num_samples, num_steps, batch_size, seed):
+    """Returns which samples make the batch of each step, `[steps, batch]`, the same for all methods."""
+    orders = np.random.default_rng(seed)
+    num_epochs = -(-num_steps * batch_size // num_samples)
+    places = np.concatenate([orders.permutation(num_samples) for _ in range(num_epochs)])
+    return places[: num_steps * batch_size].reshape(num_steps, batch_size)
+
+
 ACCURACY = {"accuracy": accuracy}
 TASKS = {
     "diabetes": Task(regressor(10, 64), squared_error, diabetes, 32, 330),
