@@ -2,6 +2,7 @@
 
     python evidence.py                                    # all that is missing: it resumes where it was stopped
     python evidence.py --tasks cnn,lora --methods "AdamW;ISAAC + AdamW" --horizon 4
+    python evidence.py --time                             # milliseconds a step, on a quiet machine
 
 - The learning rate warms up over 5 % of the steps and then falls to zero by a cosine, whatever the method (of
   ScheduleFreeAdamW, which is made for it, it stays).
@@ -19,6 +20,7 @@ import contextlib
 import json
 import math
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +79,9 @@ class Trainer:
 
     def __init__(self, task, method, choose=None):
         self.task, self.method = task, method
-        self.parts = [[jax.numpy.asarray(each) for each in part] for part in task.data()]
+        parts = task.data()
+        jax.config.update("jax_enable_x64", parts[0][0].dtype == "float64")
+        self.parts = [[jax.numpy.asarray(each) for each in part] for part in parts]
         model = task.build(0)
         self.model = capture_inputs(model, include=choose and choose(model))
         self.optimizer = method.make()
@@ -239,6 +243,30 @@ def missing(task, method, horizon, num_settings, num_seeds):
             yield *best, seed
 
 
+def time_steps(task, methods, repetitions=7):
+    """Measures the methods' steps in turns, and keeps the medians, in milliseconds."""
+    trainers, times = (
+        {method: make_trainer(TASKS[task], METHODS[method]) for method in methods},
+        {method: [] for method in methods},
+    )
+    num_steps = 2 * SOAP().basis_every
+    for _ in range(repetitions + 1):
+        for method, trainer in trainers.items():
+            (x, y), state = trainer.parts[0], trainer.start(0)
+            order = batches(len(x), num_steps, trainer.task.batch_size, 0)
+            start = time.perf_counter()
+            for number, places in enumerate(order):
+                state, loss = trainer.step(state, float(number), places, 1e-4, 1.0, float(num_steps), x, y)
+            float(loss)
+            times[method].append(1000 * (time.perf_counter() - start) / num_steps)
+    path = RESULTS / "milliseconds.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    # The first turn compiles.
+    medians = {method: float(f"{statistics.median(each[1:]):.3g}") for method, each in times.items()}
+    kept[task] = kept.get(task, {}) | medians
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+
+
 def main():
     """Runs what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -248,13 +276,16 @@ def main():
     parser.add_argument("--settings", type=int, default=9, help="how many, of each method (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="how many, of the best setting (default: %(default)s)")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="starts no run after these (default: none)")
+    parser.add_argument("--time", action="store_true", help="measure the time of a step instead; wants a quiet machine")
     arguments = parser.parse_args()
     started = time.perf_counter()
     RESULTS.mkdir(exist_ok=True)
     for task in arguments.tasks.split(","):
-        for method in arguments.methods.split(";"):
-            if method == "K-FAC" and task not in KFAC_TASKS:
-                continue
+        methods = [each for each in arguments.methods.split(";") if each != "K-FAC" or task in KFAC_TASKS]
+        if arguments.time:
+            time_steps(task, methods)
+            continue
+        for method in methods:
             trainer = None
             for rate, second, seed in missing(task, method, arguments.horizon, arguments.settings, arguments.seeds):
                 start = time.perf_counter()

@@ -7,6 +7,7 @@ standard error. "Better" is a paired test over the seeds, which set weights and 
 """
 
 import argparse
+import json
 import math
 import statistics
 from pathlib import Path
@@ -72,10 +73,24 @@ def print_comparison(tasks, horizon):
         markdown(["task", *METHODS], rows)
 
 
+def part_to(losses, target):
+    """After which part of the steps the loss falls to `target`, between checks by its logarithm; infinite if never."""
+    for check, loss in enumerate(losses):
+        if loss <= target:
+            before = math.log(losses[check - 1]) if check else math.inf
+            share = (before - math.log(target)) / (before - math.log(loss)) if loss < target and check else 1.0
+            return (check + share) / NUM_CHECKS
+    return math.inf
+
+
 def print_details(task):
     """Prints what was chosen on a task, and what came of it."""
     runs, rows = load(task), []
+    path = RESULTS / "milliseconds.json"
+    milliseconds = json.loads(path.read_text()).get(task, {}) if path.exists() else {}
     for horizon in HORIZONS:
+        curves = {method: [loss for _, loss in draw_losses(runs, method, horizon)] for method in METHODS}
+        target = min((curve[-1] for method, curve in curves.items() if curve and "ISAAC" not in method), default=0.0)
         for method in METHODS:
             if not (chosen := best_runs(runs, method, horizon)):
                 continue
@@ -88,9 +103,12 @@ def print_details(task):
             for measure in ("loss", "accuracy"):
                 values = [run[measure] for run in chosen.values() if measure in run]
                 cells.append(show(*mean_and_error(values)) if values else "")
+            part = part_to(curves[method], target)
+            cells += ["never" if math.isinf(part) else f"{100 * part:.0f} %", milliseconds.get(method, "")]
             rows.append(cells)
     print(f"\n{task}")
     header = ["horizon", "method", "rate, second", "settings within 5 %", "seeds", "train", "validation", "test", "accuracy"]
+    header += ["steps to the best baseline's validation loss", "ms a step"]
     markdown(header, rows)
 
 
@@ -164,9 +182,9 @@ def save_pictures(tasks, folder):
         print(f"saved {folder / name}.png")
 
 
-def draw_losses(runs, method):
+def draw_losses(runs, method, horizon=1):
     """Returns points of the validation loss after each part of the steps."""
-    losses = zip(*(run["validation"] for run in best_runs(runs, method, 1).values()), strict=True)
+    losses = zip(*(run["validation"] for run in best_runs(runs, method, horizon).values()), strict=True)
     return [(100 * (check + 1) / NUM_CHECKS, statistics.geometric_mean(each)) for check, each in enumerate(losses)]
 
 

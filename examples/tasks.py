@@ -72,7 +72,7 @@ def images(num_train):
     order = np.random.default_rng(0).permutation(len(x))
     x = (x[order] / x.max()).astype("float32")[..., None]
     y = y[order].astype("int32")
-    held_out = min(2000, len(x) // 3)
+    held_out = min(4000, len(x) // 3)
     parts = slice(0, min(num_train, len(x) - held_out)), slice(-held_out, -held_out // 2), slice(-held_out // 2, None)
     return [(x[part], y[part]) for part in parts]
 
@@ -94,7 +94,7 @@ def autoencoder(seed):
 
 def autoencoder_data():
     """Flat images, and themselves."""
-    flat = [x.reshape(len(x), -1) for x, _ in images(8000)]
+    flat = [x.reshape(len(x), -1) for x, _ in images(6000)]
     return [(x, x) for x in flat]
 
 
@@ -312,11 +312,11 @@ ACCURACY = {"accuracy": accuracy}
 TASKS = {
     "diabetes": Task(regressor(10, 64), squared_error, diabetes, 32, 330),
     "diamonds": Task(regressor(26, 128), squared_error, diamonds, 64, 1500),
-    "classifier": Task(classifier, cross_entropy, lambda: images(8000), 60, 900, ACCURACY),
+    "classifier": Task(classifier, cross_entropy, lambda: images(6000), 60, 900, ACCURACY),
     "cnn": Task(cnn, cross_entropy, lambda: images(6000), 60, 400, ACCURACY),
     "lora": Task(lora, cross_entropy, code, 16, 200),
     "transformer": Task(transformer, cross_entropy, prose, 16, 400),
     "python": Task(transformer, cross_entropy, library, 16, 1600),
     "autoencoder": Task(autoencoder, squared_error, autoencoder_data, 60, 600),
-    "poisson": Task(poisson_network, poisson_residual, poisson, 64, 1000, {}, poisson_error),
+    "poisson": Task(poisson_network, poisson_residual, poisson, 64, 2000, {}, poisson_error),
 }
