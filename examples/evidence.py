@@ -7,8 +7,9 @@
 - The learning rate warms up over 5 % of the steps and then falls to zero by a cosine, whatever the method (of
   ScheduleFreeAdamW, which is made for it, it stays).
 - Each method gets the same number of settings, over its learning rate and a second number: the damping of ISAAC and K-FAC, the
-  weight decay of the others. The first setting is its default, and each further one a neighbour of the best so far, so that no
-  grid ends. A horizon is how many times the task's steps are trained; the search at 4 starts from the best setting at 1.
+  weight decay of the others. The first setting is what `METHODS` says, the default of most; each further one is a neighbour of
+  the best so far, so that no grid ends.
+- A horizon is how many times the task's steps are trained. The search at 4 starts from the best setting at 1.
 - The best is chosen by the loss of validation data, with one seed; with others, it is then measured on test data.
 
 Each run is a line of `results/TASK.jsonl` (or of the folder that KERAS_ISAAC_RESULTS names). MNIST comes through

@@ -53,7 +53,7 @@ class Task(NamedTuple):
 
 
 @functools.cache
-def images(num_train):
+def images():
     """MNIST through `keras.datasets`, or of the `.npz` file that KERAS_ISAAC_IMAGES names; else scikit-learn's digits."""
     file = os.environ.get("KERAS_ISAAC_IMAGES")
     if file:
@@ -73,7 +73,7 @@ def images(num_train):
     x = (x[order] / x.max()).astype("float32")[..., None]
     y = y[order].astype("int32")
     held_out = min(4000, len(x) // 3)
-    parts = slice(0, min(num_train, len(x) - held_out)), slice(-held_out, -held_out // 2), slice(-held_out // 2, None)
+    parts = slice(0, min(6000, len(x) - held_out)), slice(-held_out, -held_out // 2), slice(-held_out // 2, None)
     return [(x[part], y[part]) for part in parts]
 
 
@@ -94,7 +94,7 @@ def autoencoder(seed):
 
 def autoencoder_data():
     """Flat images, and themselves."""
-    flat = [x.reshape(len(x), -1) for x, _ in images(6000)]
+    flat = [x.reshape(len(x), -1) for x, _ in images()]
     return [(x, x) for x in flat]
 
 
@@ -246,7 +246,10 @@ def diabetes():
 
 def diamonds():
     """The logarithm of the price of 53,940 diamonds, from the table that the package plotnine carries."""
-    (folder,) = importlib.util.find_spec("plotnine").submodule_search_locations
+    package = importlib.util.find_spec("plotnine")
+    if package is None:
+        raise ImportError("The task `diamonds` reads a table of the package plotnine: `pip install --no-deps plotnine`")
+    (folder,) = package.submodule_search_locations
     with (Path(folder) / "data" / "diamonds.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     numbers = np.array([[float(row[name]) for name in ("carat", "depth", "table", "x", "y", "z")] for row in rows])
@@ -312,8 +315,8 @@ ACCURACY = {"accuracy": accuracy}
 TASKS = {
     "diabetes": Task(regressor(10, 64), squared_error, diabetes, 32, 330),
     "diamonds": Task(regressor(26, 128), squared_error, diamonds, 64, 1500),
-    "classifier": Task(classifier, cross_entropy, lambda: images(6000), 60, 900, ACCURACY),
-    "cnn": Task(cnn, cross_entropy, lambda: images(6000), 60, 400, ACCURACY),
+    "classifier": Task(classifier, cross_entropy, images, 60, 900, ACCURACY),
+    "cnn": Task(cnn, cross_entropy, images, 60, 400, ACCURACY),
     "lora": Task(lora, cross_entropy, code, 16, 200),
     "transformer": Task(transformer, cross_entropy, prose, 16, 400),
     "python": Task(transformer, cross_entropy, library, 16, 1600),
