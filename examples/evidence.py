@@ -78,15 +78,14 @@ KFAC_TASKS = ("classifier", "autoencoder")
 class Trainer:
     """One task under one method, compiled once for all settings, horizons and seeds."""
 
-    def __init__(self, task, method, choose=None):
+    def __init__(self, task, method):
         self.task, self.method = task, method
         parts = task.data()
         jax.config.update("jax_enable_x64", parts[0][0].dtype == "float64")
         self.parts = [[jax.numpy.asarray(each) for each in part] for part in parts]
-        model = task.build(0)
-        self.model = capture_inputs(model, include=choose and choose(model))
+        self.model = capture_inputs(task.build(0))
         self.optimizer = method.make()
-        self.optimizer.build(model.trainable_variables)
+        self.optimizer.build(self.model.trainable_variables)
         self.initial = [variable.value for variable in self.optimizer.variables]
         self.is_isaac = isinstance(self.optimizer, ISAAC)
         # Not a loop in XLA, where convolutions on a CPU take ten times as long.
@@ -101,6 +100,7 @@ class Trainer:
         if self.is_isaac:
             set_to[id(self.optimizer.damping)] = second
         else:
+            # It is no variable: it is read while the step is traced.
             self.optimizer.weight_decay = second
         optimizer_variables = [
             set_to.get(id(variable), value)
@@ -201,9 +201,9 @@ def final(run):
     return run["validation"][-1] if run["train"] else math.inf
 
 
-def searched(runs, method, horizon):
-    """The runs of the search for the best setting: dictionary of validation losses by learning rate and second number."""
-    chosen = [run for run in runs if (run["method"], run["horizon"], run["seed"]) == (method, horizon, 0)]
+def searched(runs, method, horizon, seed=0):
+    """The validation losses of a seed by learning rate and second number; of the first, they are the search for the best."""
+    chosen = [run for run in runs if (run["method"], run["horizon"], run["seed"]) == (method, horizon, seed)]
     return {(run["rate"], run["second"]): final(run) for run in chosen}
 
 
@@ -239,17 +239,14 @@ def missing(task, method, horizon, num_settings, num_seeds):
         yield *setting, 0
     best = min(losses, key=losses.get)
     for seed in range(1, num_seeds):
-        is_there = (method, horizon, *best, seed)
-        if not any((run["method"], run["horizon"], run["rate"], run["second"], run["seed"]) == is_there for run in load(task)):
+        if best not in searched(load(task), method, horizon, seed):
             yield *best, seed
 
 
 def time_steps(task, methods, repetitions=7):
     """Measures the methods' steps in turns, and keeps the medians, in milliseconds."""
-    trainers, times = (
-        {method: make_trainer(TASKS[task], METHODS[method]) for method in methods},
-        {method: [] for method in methods},
-    )
+    trainers = {method: make_trainer(TASKS[task], METHODS[method]) for method in methods}
+    times = {method: [] for method in methods}
     num_steps = 2 * SOAP().basis_every
     for _ in range(repetitions + 1):
         for method, trainer in trainers.items():
