@@ -1,274 +1,302 @@
-"""Trains six tasks with first-order optimizers and with ISAAC, every method over its grid, and says which needs how much.
+"""Compares ISAAC with other optimizers under one protocol, on Keras with JAX; `report.py` prints and draws what came out.
 
-    python evidence.py                                    # all: resumes where it was stopped
-    python evidence.py --tasks cnn --methods "ISAAC + AdamW;AdamW"
+    python evidence.py                                    # all that is missing: it resumes where it was stopped
+    python evidence.py --tasks cnn,lora --methods "AdamW;ISAAC + AdamW" --horizon 4
     python evidence.py --time                             # milliseconds a step, on a quiet machine
-    python report.py                                      # the tables and pictures of what is in results/
 
-Each run is kept in `results/TASK.json` (or in the folder that KERAS_ISAAC_RESULTS names) as soon as it is done. The grid is run
-with one seed; the best learning rate (and damping) of each method, by its training loss at the end, then with two more. MNIST
-comes through `keras.datasets`, or from the `.npz` file that KERAS_ISAAC_IMAGES names.
+- The learning rate warms up over 5 % of the steps and then falls to zero by a cosine, whatever the method (of
+  ScheduleFreeAdamW, which is made for it, it stays).
+- Each method gets the same number of settings, over its learning rate and a second number: the damping of ISAAC and K-FAC, the
+  weight decay of the others. The first setting is what `METHODS` says, the default of most; each further one is a neighbour of
+  the best so far, so that no grid ends.
+- A horizon is how many times the task's steps are trained. The search at 4 starts from the best setting at 1.
+- The best is chosen by the loss of validation data, with one seed; with others, it is then measured on test data.
+
+Each run is a line of `results/TASK.jsonl` (or of the folder that KERAS_ISAAC_RESULTS names). MNIST comes through
+`keras.datasets`, or from the `.npz` file that KERAS_ISAAC_IMAGES names.
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ["KERAS_BACKEND"] = "jax"
+
+import jax
+import numpy as np
+from baselines import SOAP, Muon
+from keras.optimizers import SGD, AdamW, Lion, ScheduleFreeAdamW
+from tasks import TASKS, batches
+
+from keras_isaac import ISAAC, capture_inputs
+
 RESULTS = Path(os.environ.get("KERAS_ISAAC_RESULTS", Path(__file__).parent / "results"))
-SEEDS = (0, 1, 2)
-NUM_CHECKS = 20
-RATES = {
-    "sgd": (10.0, 3.0, 1.0, 0.3, 0.1, 0.03),
-    "adamw": (0.01, 0.003, 0.001, 0.0003, 0.0001),
-    "muon": (0.01, 0.003, 0.001, 0.0003, 0.0001),
-    "kfac": (10.0, 3.0, 1.0, 0.3, 0.1, 0.03),
-}
+HORIZONS = (1, 4, 16)
+NUM_CHECKS = 10
+CHUNK = 500
 
 
 class Method(NamedTuple):
-    """An optimizer, by the grid of its learning rates; with `isaac`, arguments of `ISAAC`, around it."""
+    """How an optimizer is made, and where the search for its best setting starts.
 
-    optimizer: str
-    options: dict
-    isaac: dict | None = None
-    dampings: tuple = (None,)
+    Args:
+        make: function without arguments, returns the optimizer; `None` for K-FAC, which has a trainer of its own.
+        learning_rate: float, where the search starts.
+        second: float, the same of the damping of ISAAC, or of the weight decay of another optimizer.
+        is_constant: boolean, whether the learning rate stays after the warm-up.
+    """
+
+    make: object
+    learning_rate: float
+    second: float
+    is_constant: bool = False
 
 
-NORM = {"preserve_norm": True}
+NOT_MUON = "embedding|logits"
 METHODS = {
-    "SGD": Method("sgd", {}),
-    "momentum": Method("sgd", {"momentum": 0.9}),
-    "AdamW": Method("adamw", {}),
-    "Muon": Method("muon", {}),
-    "ISAAC": Method("sgd", {}, {}, (1.0,)),
-    "ISAAC, norm": Method("sgd", {}, NORM, (0.1, 1.0)),
-    "ISAAC + momentum, norm": Method("sgd", {"momentum": 0.9}, NORM, (1.0,)),
-    "ISAAC + AdamW": Method("adamw", {}, {}, (0.01, 0.1, 1.0)),
-    "ISAAC + AdamW, norm": Method("adamw", {}, NORM, (0.1, 1.0)),
-    "ISAAC + AdamW, absolute": Method("adamw", {}, {"relative_damping": False}, (0.1, 1.0)),
-    "ISAAC + AdamW, 256 rows": Method("adamw", {}, {"max_rows": 256}, (0.1, 1.0)),
-    "ISAAC + AdamW, all rows": Method("adamw", {}, {"max_rows": None}, (0.1, 1.0)),
-    "ISAAC + Muon": Method("muon", {}, {}, (1.0,)),
-    "K-FAC": Method("kfac", {}, None, (0.1, 0.01)),
+    "AdamW": Method(AdamW, 1e-3, 0.004),
+    "Muon": Method(lambda: Muon(exclude=NOT_MUON), 1e-3, 0.004),
+    "SOAP": Method(SOAP, 3e-3, 0.01),
+    "ISAAC + AdamW": Method(ISAAC, 1e-3, 1.0),
+    "ISAAC + Muon": Method(lambda: ISAAC(inner_optimizer=Muon(exclude=NOT_MUON)), 1e-3, 1.0),
+    "ISAAC + SOAP": Method(lambda: ISAAC(inner_optimizer=SOAP()), 3e-3, 1.0),
+    "momentum": Method(lambda: SGD(momentum=0.9, weight_decay=0.0), 0.1, 1e-4),
+    "Lion": Method(Lion, 1e-4, 0.1),
+    "ScheduleFreeAdamW": Method(lambda: ScheduleFreeAdamW(weight_decay=0.0), 0.003, 0.01, True),
+    "K-FAC": Method(None, 0.3, 0.1),
 }
-# What stands for a call without arguments, and what its defaults might have been: method, learning rate, damping. Of those
-# too, all seeds are run.
-BY_DEFAULT = {
-    "AdamW()": ("AdamW", 0.001, None),
-    "ISAAC()": ("ISAAC + AdamW", 0.001, 1.0),
-    "its norm preserved": ("ISAAC + AdamW, norm", 0.001, 1.0),
-    "an absolute damping": ("ISAAC + AdamW, absolute", 0.001, 1.0),
-    "into SGD": ("ISAAC", 0.1, 1.0),
-}
-# Where no kernel is shared over positions, rows are not capped, and a batch of text has as many as stand for all. K-FAC is of
-# dense layers, and trains the paper's networks.
-OF_POSITIONS = ("ISAAC + AdamW, 256 rows", "ISAAC + AdamW, all rows")
-LEFT_OUT = {"classifier": OF_POSITIONS, "autoencoder": OF_POSITIONS, "tabular": (*OF_POSITIONS, "K-FAC")}
-LEFT_OUT |= {"cnn": ("K-FAC",)} | dict.fromkeys(("transformer", "lora"), (OF_POSITIONS[1], "K-FAC"))
+# It is of dense layers, and trains the paper's networks.
+KFAC_TASKS = ("classifier", "autoencoder")
 
 
 class Trainer:
-    """One task under one method, compiled once for all learning rates, dampings and seeds.
+    """One task under one method, compiled once for all settings, horizons and seeds."""
 
-    `choose`, a function of the model, names the layers to capture; without it, all are.
-    """
-
-    def __init__(self, task, method, choose=None):
-        import keras
-
-        from keras_isaac import ISAAC, capture_inputs
-
-        self.task, self.keras = task, keras
-        self.train_data, self.test_data = task.data()
-        model = task.build(SEEDS[0])
-        self.model = capture_inputs(model, include=choose and choose(model))
-        options = dict(method.options)
-        if method.optimizer == "muon":
-            options["exclude_layers"] = ["logits"]
-        classes = {"sgd": keras.optimizers.SGD, "adamw": keras.optimizers.AdamW, "muon": keras.optimizers.Muon}
-        optimizer = classes[method.optimizer](1e-3, **options)
-        self.optimizer = optimizer if method.isaac is None else ISAAC(inner_optimizer=optimizer, **method.isaac)
-        metrics = ["accuracy"] if task.metric == "accuracy" else []
-        self.model.compile(optimizer=self.optimizer, loss=task.loss(), metrics=metrics)
+    def __init__(self, task, method):
+        self.task, self.method = task, method
+        parts = task.data()
+        jax.config.update("jax_enable_x64", parts[0][0].dtype == "float64")
+        self.parts = [[jax.numpy.asarray(each) for each in part] for part in parts]
+        self.model = capture_inputs(task.build(0))
+        self.optimizer = method.make()
         self.optimizer.build(self.model.trainable_variables)
-        self.initial = [keras.ops.convert_to_numpy(variable) for variable in self.optimizer.variables]
+        self.initial = [variable.value for variable in self.optimizer.variables]
+        self.is_isaac = isinstance(self.optimizer, ISAAC)
+        # Not a loop in XLA, where convolutions on a CPU take ten times as long.
+        self.step = jax.jit(self._step)
+        self.measures = jax.jit(self._measures)
 
-    def reset(self, learning_rate, damping, seed):
-        """Sets weights and optimizer back."""
-        self.model.set_weights(self.task.build(seed).get_weights())
-        for variable, value in zip(self.optimizer.variables, self.initial, strict=True):
-            variable.assign(value)
-        self.optimizer.learning_rate = learning_rate
-        if damping is not None:
-            self.optimizer.damping = damping
+    def _step(self, state, number, places, learning_rate, second, total, x, y):
+        """Trains one step; returns the state after it, and the batch's loss."""
+        trainable, others, optimizer_variables = state
+        set_to = {id(self.optimizer.learning_rate): learning_rate * self._schedule(number, total)}
+        scope = contextlib.nullcontext()
+        if self.is_isaac:
+            set_to[id(self.optimizer.damping)] = second
+        else:
+            # It is no variable: it is read while the step is traced.
+            self.optimizer.weight_decay = second
+        optimizer_variables = [
+            set_to.get(id(variable), value)
+            for variable, value in zip(self.optimizer.variables, optimizer_variables, strict=True)
+        ]
+        if self.is_isaac:
+            scope = self.optimizer.conditioning(optimizer_variables)
 
-    def fit(self, first_step, last_step, seed):
-        """Trains some steps."""
-        x, y = self.train_data
-        order = batches(self.task, len(x), first_step, last_step, seed)
-        self.model.fit(x[order], y[order], batch_size=self.task.batch_size, shuffle=False, verbose=0)
+        def loss_of(trainable):
+            call, updated = self._call(trainable, others)
+            return self.task.loss(call, x[places], y[places]), updated
 
-    def evaluate(self, x, y):
-        """Returns loss and metric."""
-        return self.model.evaluate(x, y, batch_size=256, verbose=0, return_dict=True)
+        with scope:
+            (loss, (*_, others)), gradients = jax.value_and_grad(loss_of, has_aux=True)(trainable)
+        trainable, optimizer_variables = self.optimizer.stateless_apply(optimizer_variables, gradients, trainable)
+        return (trainable, others, optimizer_variables), loss
 
-    def run(self, learning_rate, damping, seed):
-        """Returns the training loss after each twentieth of the steps, and of the held-out data loss and metric."""
-        self.reset(learning_rate, damping, seed)
-        x, y = self.train_data
-        losses = []
-        for check in range(NUM_CHECKS + 1):
-            if check:
-                self.fit(*(self.task.steps * each // NUM_CHECKS for each in (check - 1, check)), seed)
-            loss = self.evaluate(x[:1024], y[:1024])["loss"]
-            losses.append(float(f"{loss:.4g}"))
-            if not loss < 100 * losses[0]:
-                return {"losses": None}
-        return {"losses": losses, **{name: float(f"{value:.4g}") for name, value in self.evaluate(*self.test_data).items()}}
+    def _call(self, trainable, others, training=True):
+        """Returns the model's call with these weights, and a list of what its other weights become."""
+        updated = []
 
+        def call(x):
+            outputs, new = self.model.stateless_call(trainable, others, x, training=training)
+            updated.append(new)
+            return outputs
 
-def batches(task, num_samples, first_step, last_step, seed):
-    """Returns which samples make the batches of some steps, the same for all methods."""
-    import numpy as np
+        return call, updated
 
-    places = np.arange(first_step * task.batch_size, last_step * task.batch_size)
-    orders = np.random.default_rng(seed)
-    return np.concatenate([orders.permutation(num_samples) for _ in range(places[-1] // num_samples + 1)])[places]
+    def _schedule(self, number, total):
+        warm_up = jax.numpy.ceil(0.05 * total)
+        falling = 0.5 * (1 + jax.numpy.cos(math.pi * (number - warm_up) / (total - warm_up)))
+        return jax.numpy.where(number < warm_up, (number + 1) / warm_up, 1.0 if self.method.is_constant else falling)
+
+    def _measures(self, trainable, others, x, y):
+        call, _ = self._call(trainable, others, training=False)
+        measures = {"loss": self.task.held_out or self.task.loss, **self.task.measures}
+        return {name: measure(call, x, y) for name, measure in measures.items()}
+
+    def evaluate(self, state, x, y):
+        """Returns the measures of held-out data."""
+        chunks = [slice(start, start + CHUNK) for start in range(0, len(x), CHUNK)]
+        results = [self.measures(*state[:2], x[chunk], y[chunk]) for chunk in chunks]
+        weights = [len(x[chunk]) / len(x) for chunk in chunks]
+        return {
+            name: sum(weight * float(each[name]) for weight, each in zip(weights, results, strict=True)) for name in results[0]
+        }
+
+    def start(self, seed):
+        """Returns the state before the first step: weights, other variables of the model, variables of the optimizer."""
+        model = self.task.build(seed)
+        values = [[variable.value for variable in each] for each in (model.trainable_variables, model.non_trainable_variables)]
+        initial = list(self.initial)
+        if isinstance(self.optimizer, ScheduleFreeAdamW):
+            # Its momentum starts as a copy of the weights.
+            places = [place for place, variable in enumerate(self.optimizer.variables) if variable.name.endswith("momentum")]
+            for place, value in zip(places, values[0], strict=True):
+                initial[place] = value
+        return (*values, initial)
+
+    def run(self, learning_rate, second, seed, horizon=1):
+        """Returns the training loss and the validation loss after each tenth of the steps, and the measures of test data."""
+        state = self.start(seed)
+        (x, y), validation, test = self.parts
+        num_steps = self.task.steps // NUM_CHECKS * horizon
+        total = num_steps * NUM_CHECKS
+        order = batches(len(x), total, self.task.batch_size, seed)
+        train_losses, validation_losses = [], []
+        for check in range(NUM_CHECKS):
+            losses = []
+            for number in range(check * num_steps, (check + 1) * num_steps):
+                state, loss = self.step(state, float(number), order[number], learning_rate, second, float(total), x, y)
+                losses.append(loss)
+            train_losses.append(float(np.mean(losses)))
+            if not train_losses[-1] < 10 * train_losses[0]:
+                return {"train": None}
+            validation_losses.append(self.evaluate(state, *validation)["loss"])
+        result = {"train": train_losses, "validation": validation_losses, **self.evaluate(state, *test)}
+        return {name: [float(f"{x:.4g}") for x in v] if np.ndim(v) else float(f"{v:.4g}") for name, v in result.items()}
 
 
 def make_trainer(task, method):
     """Returns what trains a task under a method."""
-    if method.optimizer == "kfac":
+    if method.make is None:
         from kfac import KfacTrainer
 
-        return KfacTrainer(task)
+        return KfacTrainer(task, method)
     return Trainer(task, method)
 
 
-def key(method, learning_rate, damping, seed):
-    """Names a run."""
-    return f"{method} | {learning_rate:g} | {'' if damping is None else f'{damping:g}'} | {seed}"
-
-
-def final_loss(run):
-    """The training loss at the end, infinite where it diverged."""
-    return run["losses"][-1] if run and run["losses"] else float("inf")
-
-
 def load(task):
-    """The results of a task."""
-    path = RESULTS / f"{task}.json"
-    return json.loads(path.read_text()) if path.exists() else {"runs": {}, "milliseconds": {}}
+    """The runs of a task, as a list of dictionaries."""
+    path = RESULTS / f"{task}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def save(task, results):
-    """Keeps them, one run a line."""
-    RESULTS.mkdir(exist_ok=True)
-    lines = [f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in results["runs"].items()]
-    head = f'{{"milliseconds": {json.dumps(results["milliseconds"])},\n "runs": {{\n'
-    (RESULTS / f"{task}.json").write_text(head + ",\n".join(lines) + "\n}}\n")
+def final(run):
+    """The validation loss at the end; infinite where the run diverged."""
+    return run["validation"][-1] if run["train"] else math.inf
 
 
-def best(results, method):
-    """The learning rate and damping of the least training loss in the first seed."""
-    grid = [(rate, damping) for rate in RATES[METHODS[method].optimizer] for damping in METHODS[method].dampings]
-    done = {each: final_loss(results["runs"].get(key(method, *each, SEEDS[0]))) for each in grid}
-    return min(done, key=done.get)
+def searched(runs, method, horizon, seed=0):
+    """The validation losses of a seed by learning rate and second number; of the first, they are the search for the best."""
+    chosen = [run for run in runs if (run["method"], run["horizon"], run["seed"]) == (method, horizon, seed)]
+    return {(run["rate"], run["second"]): final(run) for run in chosen}
 
 
-def run_grid(task_name, method_name, num_seeds, max_seconds):
-    """Runs what is missing of a method's grid, then its best and what is the default with the other seeds."""
-    from tasks import TASKS
-
-    method, results = METHODS[method_name], load(task_name)
-    trainer, started = None, time.perf_counter()
-
-    def wanted():
-        for damping in method.dampings:
-            yield from ((rate, damping, SEEDS[0]) for rate in RATES[method.optimizer])
-        settings = [best(load(task_name), method_name), *(each[1:] for each in BY_DEFAULT.values() if each[0] == method_name)]
-        for seed in SEEDS[1:num_seeds]:
-            yield from ((*setting, seed) for setting in dict.fromkeys(settings))
-
-    for each in wanted():
-        name = key(method_name, *each)
-        if name in results["runs"]:
-            continue
-        if time.perf_counter() - started > max_seconds:
-            print(f"{task_name}: {method_name}: out of time")
-            return
-        trainer = trainer or make_trainer(TASKS[task_name], method)
-        start = time.perf_counter()
-        run = trainer.run(*each)
-        # Another process may have added runs of another method.
-        results = load(task_name)
-        results["runs"][name] = run
-        save(task_name, results)
-        print(f"{task_name}: {name}: {final_loss(run):.4g} ({time.perf_counter() - start:.0f} s)", flush=True)
+def neighbours(rate, second):
+    """Yields the settings beside one: the learning rates 1, 3, 10, 30, ..., and ten times more or less of the other number."""
+    place = round(2 * math.log10(rate))
+    for other in (place + 1, place - 1):
+        yield float(f"{(3 if other % 2 else 1) * 10.0 ** (other // 2):g}"), second
+    for other in (10 * second, second / 10):
+        yield rate, float(f"{other:g}")
 
 
-def time_steps(task_name, methods, repetitions=7):
-    """Measures the methods' steps in turns: milliseconds, medians."""
-    from tasks import TASKS
+def next_setting(losses, start, num_settings):
+    """Returns the setting to try next, or `None` once there are as many as are wanted."""
+    if not losses:
+        return start
+    if len(losses) < num_settings:
+        for setting in sorted(losses, key=losses.get):
+            for each in neighbours(*setting):
+                if each not in losses:
+                    return each
+    return None
 
-    trainers = {name: make_trainer(TASKS[task_name], METHODS[name]) for name in methods}
-    times = {name: [] for name in trainers}
-    # As many steps of a turn as the first method makes in half a second.
-    first, steps, seconds = next(iter(trainers.values())), 2, 0.0
-    first.reset(1e-4, None, SEEDS[0])
-    first.fit(0, 1, SEEDS[0])
-    while seconds < 0.5 and steps < 500:
-        steps *= 2
-        start = time.perf_counter()
-        first.fit(0, steps, SEEDS[0])
-        seconds = time.perf_counter() - start
-    for repetition in range(repetitions + 1):
-        for name, trainer in trainers.items():
-            if repetition == 0:
-                trainer.reset(1e-4, None, SEEDS[0])
+
+def missing(task, method, horizon, num_settings, num_seeds):
+    """Yields the runs `(rate, second, seed)` to make; each must be made before the next is asked for."""
+    start = METHODS[method].learning_rate, METHODS[method].second
+    earlier = [each for each in HORIZONS if each < horizon]
+    if earlier:
+        losses = searched(load(task), method, earlier[-1])
+        start = min(losses, key=losses.get) if losses else start
+    while setting := next_setting(losses := searched(load(task), method, horizon), start, num_settings):
+        yield *setting, 0
+    best = min(losses, key=losses.get)
+    for seed in range(1, num_seeds):
+        if best not in searched(load(task), method, horizon, seed):
+            yield *best, seed
+
+
+def time_steps(task, methods, repetitions=7):
+    """Measures the methods' steps in turns, and keeps the medians, in milliseconds."""
+    trainers = {method: make_trainer(TASKS[task], METHODS[method]) for method in methods}
+    times = {method: [] for method in methods}
+    num_steps = 2 * SOAP().basis_every
+    for _ in range(repetitions + 1):
+        for method, trainer in trainers.items():
+            (x, y), state = trainer.parts[0], trainer.start(0)
+            order = batches(len(x), num_steps, trainer.task.batch_size, 0)
             start = time.perf_counter()
-            trainer.fit(0, 1 if repetition == 0 else steps + 1, SEEDS[0])
-            long = time.perf_counter() - start
-            start = time.perf_counter()
-            trainer.fit(0, 1, SEEDS[0])
-            if repetition:
-                times[name].append((long - (time.perf_counter() - start)) / steps)
-    results = load(task_name)
-    results["milliseconds"] |= {name: float(f"{1000 * statistics.median(each):.4g}") for name, each in times.items()}
-    save(task_name, results)
-
-
-def parse_arguments():
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", choices=["jax", "tensorflow", "torch"], help="default: as Keras reads it")
-    parser.add_argument("--tasks", type=lambda text: text.split(","), help="default: all")
-    parser.add_argument("--methods", type=lambda text: text.split(";"), help="separated by ';' (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, of the best of each grid (default: %(default)s)")
-    parser.add_argument("--max-seconds", type=float, default=1e9, help="for one method of one task (default: none)")
-    parser.add_argument("--time", action="store_true", help="measure the time of a step instead; wants a quiet machine")
-    return parser.parse_args()
+            for number, places in enumerate(order):
+                state, loss = trainer.step(state, float(number), places, 1e-4, 1.0, float(num_steps), x, y)
+            float(loss)
+            times[method].append(1000 * (time.perf_counter() - start) / num_steps)
+    path = RESULTS / "milliseconds.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    # The first turn compiles.
+    medians = {method: float(f"{statistics.median(each[1:]):.3g}") for method, each in times.items()}
+    kept[task] = kept.get(task, {}) | medians
+    path.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def main():
     """Runs what is missing."""
-    arguments = parse_arguments()
-    if arguments.backend:
-        # Keras fixes its backend when it is imported.
-        os.environ["KERAS_BACKEND"] = arguments.backend
-    from tasks import TASKS
-
-    for task in arguments.tasks or TASKS:
-        methods = [name for name in arguments.methods or METHODS if name not in LEFT_OUT[task]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(TASKS), help="separated by ',' (default: all)")
+    parser.add_argument("--methods", default=";".join(METHODS), help="separated by ';' (default: all)")
+    parser.add_argument("--horizon", type=int, default=1, choices=HORIZONS, help="times the task's steps")
+    parser.add_argument("--settings", type=int, default=9, help="how many, of each method (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many, of the best setting (default: %(default)s)")
+    parser.add_argument("--max-seconds", type=float, default=math.inf, help="starts no run after these (default: none)")
+    parser.add_argument("--time", action="store_true", help="measure the time of a step instead; wants a quiet machine")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    RESULTS.mkdir(exist_ok=True)
+    for task in arguments.tasks.split(","):
+        methods = [each for each in arguments.methods.split(";") if each != "K-FAC" or task in KFAC_TASKS]
         if arguments.time:
             time_steps(task, methods)
             continue
         for method in methods:
-            run_grid(task, method, arguments.seeds, arguments.max_seconds)
+            trainer = None
+            for rate, second, seed in missing(task, method, arguments.horizon, arguments.settings, arguments.seeds):
+                start = time.perf_counter()
+                if start - started > arguments.max_seconds:
+                    print("out of time")
+                    return
+                trainer = trainer or make_trainer(TASKS[task], METHODS[method])
+                names = {"method": method, "horizon": arguments.horizon, "rate": rate, "second": second, "seed": seed}
+                run = {**names, **trainer.run(rate, second, seed, arguments.horizon)}
+                with (RESULTS / f"{task}.jsonl").open("a") as file:
+                    file.write(json.dumps(run) + "\n")
+                seconds = time.perf_counter() - start
+                print(f"{task}: {' '.join(map(str, names.values()))}: {final(run):.4g} ({seconds:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,22 +13,20 @@ import math
 import numpy as np
 import torch
 from curvlinops import KFACInverseLinearOperator, KFACLinearOperator
-from evidence import Trainer, batches
+from evidence import Trainer
 
 
 class KfacTrainer(Trainer):
     """A trainer of one task with K-FAC, in PyTorch."""
 
-    def __init__(self, task):
-        self.task = task
-        self.is_classifier = task.metric == "accuracy"
+    def __init__(self, task, method):
+        self.task, self.method = task, method
+        self.is_classifier = "accuracy" in task.measures
         self.loss_fn = torch.nn.CrossEntropyLoss() if self.is_classifier else torch.nn.MSELoss()
-        self.train_data, self.test_data = ([torch.as_tensor(each) for each in part] for part in task.data())
-        self.train_data[0], self.test_data[0] = (x.flatten(1) for x in (self.train_data[0], self.test_data[0]))
-        if self.is_classifier:
-            self.train_data[1], self.test_data[1] = self.train_data[1].long(), self.test_data[1].long()
+        parts = [[torch.as_tensor(each) for each in part] for part in task.data()]
+        self.parts = [(x.flatten(1), y.long() if self.is_classifier else y) for x, y in parts]
 
-    def reset(self, learning_rate, damping, seed):
+    def start(self, seed):
         """Builds the task's model in PyTorch, with its weights."""
         torch.manual_seed(seed)
         layers = []
@@ -40,39 +38,34 @@ class KfacTrainer(Trainer):
                     linear.weight.copy_(kernel.T)
                     linear.bias.copy_(bias)
                 layers += [linear] if layer.activation.__name__ == "linear" else [linear, torch.nn.ReLU()]
-        self.model = torch.nn.Sequential(*layers)
-        self.learning_rate, self.damping = learning_rate, 1.0 if damping is None else damping
+        return torch.nn.Sequential(*layers)
 
-    def fit(self, first_step, last_step, seed):
-        """Trains some steps."""
-        x, y = self.train_data
-        order = torch.as_tensor(batches(self.task, len(x), first_step, last_step, seed))
-        try:
-            for places in order.split(self.task.batch_size):
-                self.step(x[places], y[places])
-        except torch.linalg.LinAlgError:
-            # What the package cannot factorize has diverged.
-            for parameter in self.model.parameters():
-                parameter.detach().fill_(math.nan)
-
-    def step(self, x, y):
-        """Trains one step."""
-        parameters = list(self.model.parameters())
-        gradients = torch.autograd.grad(self.loss_fn(self.model(x), y), parameters)
+    def step(self, model, number, places, learning_rate, damping, total, x, y):
+        """Trains one step; returns the model, and the batch's loss."""
+        places = torch.as_tensor(places)
+        x, y = x[places], y[places]
+        parameters = list(model.parameters())
+        loss = self.loss_fn(model(x), y)
+        gradients = torch.autograd.grad(loss, parameters)
         options = {"check_deterministic": False, "num_data": len(x), "num_per_example_loss_terms": 1}
         options["seed"] = int(torch.randint(2**31 - 1, ()))
-        curvature = KFACLinearOperator(self.model, self.loss_fn, parameters, [(x, y)], **options)
-        inverse = KFACInverseLinearOperator(curvature, self.damping, use_heuristic_damping=True)
-        steps = inverse @ list(gradients)
+        try:
+            curvature = KFACLinearOperator(model, self.loss_fn, parameters, [(x, y)], **options)
+            steps = KFACInverseLinearOperator(curvature, damping, use_heuristic_damping=True) @ list(gradients)
+        except torch.linalg.LinAlgError:
+            # What the package cannot factorize has diverged.
+            return model, math.nan
         lengths = [math.sqrt(sum(float((each**2).sum()) for each in tensors)) for tensors in (gradients, steps)]
+        scale = learning_rate * float(self._schedule(number, total)) * lengths[0] / max(lengths[1], 1e-30)
         with torch.no_grad():
             for parameter, step in zip(parameters, steps, strict=True):
-                parameter -= self.learning_rate * lengths[0] / max(lengths[1], 1e-30) * step
+                parameter -= scale * step
+        return model, float(loss.detach())
 
-    def evaluate(self, x, y):
+    def evaluate(self, model, x, y):
         """Returns loss and metric."""
         with torch.no_grad():
-            outputs = self.model(x)
+            outputs = model(x)
             result = {"loss": float(self.loss_fn(outputs, y))}
         if self.is_classifier:
             result["accuracy"] = float((outputs.argmax(-1) == y).float().mean())

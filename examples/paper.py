@@ -15,12 +15,15 @@ so that SGD's learning rates suit every damping; the paper tuned them.
 """
 
 import argparse
+import json
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
-from evidence import RATES, RESULTS, Method, Trainer, final_loss, key, load, save
-
+RESULTS = Path(os.environ.get("KERAS_ISAAC_RESULTS", Path(__file__).parent / "results")) / "paper"
+NUM_CHECKS = 20
+RATES = {"sgd": (3.0, 1.0, 0.3, 0.1, 0.03), "adamw": (0.003, 0.001, 0.0003, 0.0001)}
 EXPONENTS = range(-6, 7, 2)
 OUTPUT_DAMPINGS = (*(10.0**exponent for exponent in EXPONENTS), None)
 CHOSEN = {
@@ -33,6 +36,16 @@ CHOSEN = {
     "even": (1, 3),
     "all": (0, 1, 2, 3, 4),
 }
+
+
+class Method(NamedTuple):
+    """An optimizer, by its name and arguments; with `isaac`, arguments of `ISAAC`, around it."""
+
+    optimizer: str
+    options: dict
+    isaac: dict | None = None
+
+
 FINE_TUNING = {
     "AdamW": (Method("adamw", {}), None),
     "ISAAC + AdamW": (Method("adamw", {}, {}), 1.0),
@@ -108,7 +121,7 @@ def adam_settings():
 
     task = TASKS["lora"]._replace(build=fine_tuned, batch_size=8)
     for name, (method, damping) in FINE_TUNING.items():
-        yield name, task, method, damping, RATES["adamw"][1:], None
+        yield name, task, method, damping, RATES["adamw"], None
 
 
 def residual_settings():
@@ -117,10 +130,72 @@ def residual_settings():
 
     task = TASKS["cnn"]._replace(build=residual_network, batch_size=100, steps=200)
     for name, (method, damping) in RESIDUAL.items():
-        yield name, task, method, damping, RATES["sgd"][1:], dense_layers if method.isaac is not None else None
+        yield name, task, method, damping, RATES["sgd"], dense_layers if method.isaac is not None else None
 
 
 EXPERIMENTS = {"map": map_settings, "layers": layers_settings, "adam": adam_settings, "residual": residual_settings}
+
+
+class Trainer:
+    """One task under one method at constant rates, compiled once for all rates and dampings.
+
+    `choose`, a function of the model, names the layers to capture; without it, all are.
+    """
+
+    def __init__(self, task, method, choose=None):
+        import keras
+
+        from keras_isaac import ISAAC, capture_inputs
+
+        self.task = task
+        self.data = task.data()[0]
+        model = task.build(0)
+        self.model = capture_inputs(model, include=choose and choose(model))
+        optimizer = keras.optimizers.get({"class_name": method.optimizer, "config": method.options})
+        self.optimizer = optimizer if method.isaac is None else ISAAC(inner_optimizer=optimizer, **method.isaac)
+        self.model.compile(optimizer=self.optimizer, loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        self.optimizer.build(self.model.trainable_variables)
+        self.initial = [keras.ops.convert_to_numpy(variable) for variable in self.optimizer.variables]
+
+    def run(self, learning_rate, damping):
+        """Returns the training loss after each twentieth of the steps."""
+        from tasks import batches
+
+        self.model.set_weights(self.task.build(0).get_weights())
+        for variable, value in zip(self.optimizer.variables, self.initial, strict=True):
+            variable.assign(value)
+        self.optimizer.learning_rate = learning_rate
+        if damping is not None:
+            self.optimizer.damping = damping
+        x, y = self.data
+        order, losses = batches(len(x), self.task.steps, self.task.batch_size, 0), []
+        for check in range(NUM_CHECKS + 1):
+            if check:
+                first, last = (self.task.steps * each // NUM_CHECKS for each in (check - 1, check))
+                places = order[first:last].reshape(-1)
+                self.model.fit(x[places], y[places], batch_size=self.task.batch_size, shuffle=False, verbose=0)
+            losses.append(float(f"{self.model.evaluate(x[:1024], y[:1024], batch_size=256, verbose=0):.4g}"))
+            if not losses[-1] < 100 * losses[0]:
+                return {"losses": None}
+        return {"losses": losses}
+
+
+def load(experiment):
+    """The runs of an experiment."""
+    path = RESULTS / f"{experiment}.json"
+    return json.loads(path.read_text())["runs"] if path.exists() else {}
+
+
+def save(experiment, runs):
+    """Keeps them, one run a line."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items())
+    (RESULTS / f"{experiment}.json").write_text('{"runs": {\n' + lines + "\n}}\n")
+
+
+def final_loss(run):
+    """The training loss at the end, infinite where it diverged."""
+    return run["losses"][-1] if run["losses"] else math.inf
 
 
 def run(experiment):
@@ -128,21 +203,21 @@ def run(experiment):
     trainer, trained = None, None
     for name, task, method, damping, rates, choose in EXPERIMENTS[experiment]():
         for rate in rates:
-            results = load(f"paper/{experiment}")
-            run_name = key(name, rate, damping, 0)
-            if run_name in results["runs"]:
+            runs = load(experiment)
+            run_name = f"{name} | {rate:g} | {'' if damping is None else f'{damping:g}'} | 0"
+            if run_name in runs:
                 continue
             if trained != name:
                 trainer, trained = Trainer(task, method, choose), name
-            results["runs"][run_name] = trainer.run(rate, damping, 0)
-            save(f"paper/{experiment}", results)
-            print(f"{experiment}: {run_name}: {final_loss(results['runs'][run_name]):.4g}", flush=True)
+            runs[run_name] = trainer.run(rate, damping)
+            save(experiment, runs)
+            print(f"{experiment}: {run_name}: {final_loss(runs[run_name]):.4g}", flush=True)
 
 
 def losses_of(experiment):
     """The last loss of every run: a dictionary by setting and damping of one by learning rate."""
     losses = {}
-    for run_name, each in load(f"paper/{experiment}")["runs"].items():
+    for run_name, each in load(experiment).items():
         name, rate, damping, _ = run_name.split(" | ")
         losses.setdefault((name, damping), {})[float(rate)] = final_loss(each)
     return losses
@@ -217,14 +292,13 @@ def main():
     if arguments.backend:
         # Keras fixes its backend when it is imported.
         os.environ["KERAS_BACKEND"] = arguments.backend
-    (RESULTS / "paper").mkdir(parents=True, exist_ok=True)
     experiments = arguments.experiments.split(",")
     if unknown := set(experiments) - set(EXPERIMENTS):
         parser.error(f"--experiments must be of {', '.join(EXPERIMENTS)}. Received: {', '.join(sorted(unknown))}")
     for experiment in experiments:
         run(experiment)
         print_table(experiment)
-    if all((RESULTS / "paper" / f"{experiment}.json").exists() for experiment in EXPERIMENTS):
+    if all((RESULTS / f"{experiment}.json").exists() for experiment in EXPERIMENTS):
         save_picture(arguments.picture)
 
 

@@ -1,205 +1,212 @@
-"""The tables and pictures of what `evidence.py` keeps in `results/`: who needs how many steps and seconds.
+"""The tables (in Markdown) and pictures of what `evidence.py` keeps in `results/`.
 
     python report.py [--pictures FOLDER]
 
-A method stands with the learning rate and damping of its grid that gave the least training loss in the first seed; the losses
-are geometric means over the seeds that there are. "Steps to AdamW" are those after which the loss is below the least of tuned
-AdamW, as a part of all steps; "seconds" likewise, by the times of a step as `evidence.py --time` measured them.
+A method stands with the setting of the least validation loss, by its test loss: the mean over the seeds that there are, and its
+standard error. "Better" is a paired test over the seeds, which set weights and batches for all methods alike.
 """
 
 import argparse
+import json
 import math
 import statistics
 from pathlib import Path
 
-from evidence import BY_DEFAULT, METHODS, NUM_CHECKS, RATES, RESULTS, SEEDS, best, final_loss, key, load
+from evidence import HORIZONS, METHODS, NUM_CHECKS, RESULTS, load, neighbours, searched
 
-REFERENCES = ("AdamW", "Muon")
-PICTURED = ("SGD", "AdamW", "Muon", "ISAAC, norm", "ISAAC + AdamW")
-TUNED = ("AdamW", "ISAAC + AdamW")
-SOONEST = ("ISAAC + AdamW", "ISAAC + Muon")
+PAIRS = [("ISAAC + AdamW", "AdamW"), ("ISAAC + Muon", "Muon"), ("ISAAC + SOAP", "SOAP")]
+PAIRS += [("ISAAC + AdamW", "Muon"), ("ISAAC + AdamW", "SOAP")]
 
 
-def chosen(results, method):
-    """Returns the best rate and damping of a method, and its runs with all seeds; `None` if there is none."""
-    if not any(name.startswith(f"{method} | ") for name in results["runs"]):
-        return None
-    setting = best(results, method)
-    runs = runs_of(results, method, *setting)
-    return (setting, runs) if runs else None
+def best_setting(runs, method, horizon):
+    """The learning rate and second number of the least validation loss, or `None` if there is no run."""
+    losses = searched(runs, method, horizon)
+    return min(losses, key=losses.get) if losses else None
 
 
-def runs_of(results, *setting):
-    """Returns the runs of a method with a learning rate and a damping, of all seeds, but those that diverged."""
-    runs = [results["runs"].get(key(*setting, seed)) for seed in SEEDS]
-    return [run for run in runs if run and run["losses"]]
+def runs_of(runs, method, horizon, setting):
+    """The runs of a setting by their seed, but those that diverged."""
+    chosen = [run for run in runs if (run["method"], run["horizon"]) == (method, horizon) and run["train"]]
+    return {run["seed"]: run for run in chosen if (run["rate"], run["second"]) == setting}
 
 
-def curve(runs):
-    """The geometric mean of the runs' losses, at each check."""
-    return [math.exp(statistics.fmean(math.log(max(loss, 1e-12)) for loss in losses)) for losses in zip_losses(runs)]
+def best_runs(runs, method, horizon):
+    """The runs of the best setting by their seed; empty if there is none."""
+    return runs_of(runs, method, horizon, best_setting(runs, method, horizon))
 
 
-def zip_losses(runs):
-    """The losses of all runs, check by check."""
-    return zip(*(run["losses"] for run in runs), strict=True)
+def mean_and_error(values):
+    """The mean, and its standard error (NaN for a single value)."""
+    values = list(values)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def show(mean, error):
+    """As a cell."""
+    return f"{mean:.3g}" if math.isnan(error) else f"{mean:.3g} ± {error:.1g}"
+
+
+def markdown(header, rows):
+    """Prints a table, its first column to the left."""
+    print("\n| " + " | ".join(header) + " |")
+    print("| --- |" + " ---: |" * (len(header) - 1))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def print_comparison(tasks, horizon):
+    """Prints the test loss of every task and method; the least is bold."""
+    rows = []
+    for task in tasks:
+        runs, means = load(task), {}
+        for method in METHODS:
+            if chosen := best_runs(runs, method, horizon):
+                means[method] = mean_and_error(run["loss"] for run in chosen.values())
+        if means:
+            least = min(means, key=means.get)
+            cells = {method: show(*each) for method, each in means.items()}
+            cells[least] = f"**{cells[least]}**"
+            rows.append([task, *(cells.get(method, "") for method in METHODS)])
+    if rows:
+        print(f"\nTest loss, horizon {horizon}")
+        markdown(["task", *METHODS], rows)
 
 
 def part_to(losses, target):
     """After which part of the steps the loss falls to `target`, between checks by its logarithm; infinite if never."""
-    for check in range(1, len(losses)):
-        if losses[check] <= target:
-            before, after = math.log(losses[check - 1]), math.log(max(losses[check], 1e-12))
-            share = (before - math.log(target)) / (before - after) if before > after else 1.0
-            return (check - 1 + min(max(share, 0.0), 1.0)) / NUM_CHECKS
+    for check, loss in enumerate(losses):
+        if loss <= target:
+            before = math.log(losses[check - 1]) if check else math.inf
+            share = (before - math.log(target)) / (before - math.log(loss)) if loss < target and check else 1.0
+            return (check + share) / NUM_CHECKS
     return math.inf
 
 
-def percent(part):
-    """As a cell."""
-    return "never" if math.isinf(part) else f"{100 * part:.0f} %"
+def print_details(task):
+    """Prints what was chosen on a task, and what came of it."""
+    runs, rows = load(task), []
+    path = RESULTS / "milliseconds.json"
+    milliseconds = json.loads(path.read_text()).get(task, {}) if path.exists() else {}
+    for horizon in HORIZONS:
+        curves = {method: [loss for _, loss in draw_losses(runs, method, horizon)] for method in METHODS}
+        target = min((curve[-1] for method, curve in curves.items() if curve and "ISAAC" not in method), default=0.0)
+        for method in METHODS:
+            if not (chosen := best_runs(runs, method, horizon)):
+                continue
+            setting, losses = best_setting(runs, method, horizon), searched(runs, method, horizon)
+            near = sum(loss <= 1.05 * losses[setting] for loss in losses.values())
+            edge = "" if all(each in losses for each in neighbours(*setting)) else " (edge)"
+            cells = [horizon, method, f"{setting[0]:g}, {setting[1]:g}", f"{near} of {len(losses)}{edge}", len(chosen)]
+            for measure in ("train", "validation"):
+                cells.append(f"{statistics.fmean(run[measure][-1] for run in chosen.values()):.3g}")
+            for measure in ("loss", "accuracy"):
+                values = [run[measure] for run in chosen.values() if measure in run]
+                cells.append(show(*mean_and_error(values)) if values else "")
+            part = part_to(curves[method], target)
+            cells += ["never" if math.isinf(part) else f"{100 * part:.0f} %", milliseconds.get(method, "")]
+            rows.append(cells)
+    print(f"\n{task}")
+    header = ["horizon", "method", "rate, second", "settings within 5 %", "seeds", "train", "validation", "test", "accuracy"]
+    header += ["steps to the best baseline's validation loss", "ms a step"]
+    markdown(header, rows)
 
 
-def rows_of(results):
-    """A line of the table for each method that has results."""
-    curves = {}
-    for method in METHODS:
-        found = chosen(results, method)
-        if found:
-            curves[method] = (*found, curve(found[1]))
-    milliseconds = results["milliseconds"]
-    for method, (setting, runs, losses) in curves.items():
-        held_out = "accuracy" if "accuracy" in runs[0] else "loss"
-        cells = [method, f"{setting[0]:g}", "" if setting[1] is None else f"{setting[1]:g}", str(len(runs))]
-        cells += [f"{losses[-1]:.3g}", f"{statistics.fmean(run[held_out] for run in runs):.4g}"]
-        cells += [f"{milliseconds[method]:.1f}" if method in milliseconds else ""]
-        for reference in REFERENCES:
-            part = part_to(losses, min(curves[reference][2])) if reference in curves else math.nan
-            cells.append("" if math.isnan(part) else percent(part))
-            is_timed = method in milliseconds and reference in milliseconds and not math.isnan(part)
-            cells.append(percent(part * milliseconds[method] / milliseconds[reference]) if is_timed else "")
-        yield cells
+def print_pairs(tasks, horizon):
+    """Prints the change of the test loss from one method to another, and the p-value of a paired t-test."""
+    from scipy.stats import ttest_rel
 
-
-def print_table(task, results):
-    """Prints the table of a task."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=task)
-    table.add_column("method", no_wrap=True)
-    columns = ["rate", "damping", "seeds", "train loss", "held out", "ms a step"]
-    columns += [f"{what} to {reference}" for reference in REFERENCES for what in ("steps", "seconds")]
-    for column in columns:
-        table.add_column(column, justify="right")
-    for cells in rows_of(results):
-        table.add_row(*cells)
-    Console(width=150).print(table)
-
-
-def print_defaults(tasks, what, loss_of):
-    """Prints what comes of the optimizers without arguments, and of the best of their grids."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{what} without arguments, and tuned (and of how many seeds)")
-    for column in ("task", *BY_DEFAULT, *(f"{method}, tuned" for method in TUNED)):
-        table.add_column(column, justify="left" if column == "task" else "right")
+    rows = []
     for task in tasks:
-        results = load(task)
-        settings = [*BY_DEFAULT.values(), *((method, *best(results, method)) for method in TUNED)]
-        runs = [runs_of(results, *setting) for setting in settings]
-        means = [statistics.geometric_mean(max(loss_of(run), 1e-12) for run in each) if each else None for each in runs]
-        table.add_row(task, *(f"{mean:.3g} ({len(each)})" if each else "" for mean, each in zip(means, runs, strict=True)))
-    Console(width=150).print(table)
+        cells, runs = [task], load(task)
+        for pair in PAIRS:
+            new, old = (best_runs(runs, method, horizon) for method in pair)
+            seeds = sorted(new.keys() & old.keys())
+            if not seeds:
+                cells.append("")
+                continue
+            new, old = ([each[seed]["loss"] for seed in seeds] for each in (new, old))
+            cell = f"{100 * (sum(new) / sum(old) - 1):+.1f} %"
+            cells.append(cell if len(seeds) < 2 else f"{cell} (p = {ttest_rel(new, old).pvalue:.2g})")
+        if any(cells[1:]):
+            rows.append(cells)
+    if rows:
+        print(f"\nChange of the test loss, horizon {horizon}")
+        markdown(["task", *(f"{old} → {new}" for new, old in PAIRS)], rows)
 
 
-def soonest(results, method, target):
-    """After which part of the steps a method is at a loss, by the setting of its grid that is there first, and that setting."""
-    parts = {(math.inf, None)}
-    for rate in RATES[METHODS[method].optimizer]:
-        for damping in METHODS[method].dampings:
-            runs = [results["runs"].get(key(method, rate, damping, seed)) for seed in SEEDS]
-            runs = [run for run in runs if run and run["losses"]]
-            if runs:
-                parts.add((part_to(curve(runs), target), (rate, damping)))
-    return min(parts, key=lambda each: each[0])
-
-
-def print_soonest(tasks, method):
-    """Prints how soon a method tuned for it is at the least loss of the references."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"steps of {method} to the least loss of a tuned optimizer, by the setting that is there first")
-    table.add_column("task")
-    for reference in REFERENCES:
-        table.add_column(reference, justify="right")
-        table.add_column("rate, damping", justify="right")
+def print_defaults(tasks, horizon):
+    """Prints the test loss of one seed without tuning, beside AdamW's tuned one of the same seed."""
+    rows, methods = [], ("AdamW", "ISAAC + AdamW")
     for task in tasks:
-        results, cells = load(task), [task]
-        if not chosen(results, method):
-            continue
-        for reference in REFERENCES:
-            found = chosen(results, reference)
-            part, setting = soonest(results, method, min(curve(found[1]))) if found else (None, None)
-            cells += ["" if part is None else percent(part), f"{setting[0]:g}, {setting[1]:g}" if setting else ""]
-        table.add_row(*cells)
-    Console(width=150).print(table)
+        runs = load(task)
+        starts = [(METHODS[method].learning_rate, METHODS[method].second) for method in methods]
+        found = [runs_of(runs, *each) for each in zip(methods, (horizon, horizon), starts, strict=True)]
+        found += [best_runs(runs, method, horizon) for method in methods]
+        cells = [task, *(f"{each[0]['loss']:.3g}" if 0 in each else "" for each in found)]
+        if all(cells):
+            rows.append(cells)
+    if rows:
+        print(f"\nTest loss without tuning and tuned, one seed, horizon {horizon}")
+        markdown(["task", "`AdamW()`", "`ISAAC()`", "AdamW, tuned", "ISAAC + AdamW, tuned"], rows)
 
 
 def save_pictures(tasks, folder):
-    """Saves the loss by step, and the last loss by learning rate."""
+    """Draws the validation loss by step and by learning rate at horizon 1, and the test loss by horizon."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    for name, draw in (("evidence", draw_losses), ("rates", draw_rates)):
-        figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), constrained_layout=True, squeeze=False)
+    columns = min(3, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    for name, (draw, label) in DRAWINGS.items():
+        size = (3.7 * columns, 0.6 + 2.9 * rows)
+        figure, axes = plt.subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False)
+        for axis in axes.flat[len(tasks) :]:
+            axis.set_axis_off()
         for axis, task in zip(axes.flat, tasks, strict=False):
-            draw(axis, load(task))
-            axis.set(title=task, yscale="log")
+            for place, method in enumerate(METHODS):
+                points = draw(load(task), method)
+                if points:
+                    style = {"linewidth": 2.2} if "ISAAC" in method else {"linewidth": 1.2, "linestyle": "--"}
+                    marker = None if draw is draw_losses else "o"
+                    axis.plot(*zip(*points, strict=True), color=f"C{place}", marker=marker, label=method, **style)
+            axis.set(title=task, yscale="log", xscale="linear" if draw is draw_losses else "log", xlabel=label)
             axis.grid(alpha=0.3)
         handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+        if handles:
+            figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 5))
         figure.savefig(folder / f"{name}.png", dpi=80)
         plt.close(figure)
         print(f"saved {folder / name}.png")
 
 
-def _style(method):
-    return {"linewidth": 2.2} if "ISAAC" in method else {"linewidth": 1.2, "linestyle": "--"}
+def draw_losses(runs, method, horizon=1):
+    """Returns points of the validation loss after each part of the steps."""
+    losses = zip(*(run["validation"] for run in best_runs(runs, method, horizon).values()), strict=True)
+    return [(100 * (check + 1) / NUM_CHECKS, statistics.geometric_mean(each)) for check, each in enumerate(losses)]
 
 
-def draw_losses(axis, results):
-    """The training loss of each tuned method."""
-    for method in PICTURED:
-        found = method in METHODS and chosen(results, method)
-        color = f"C{PICTURED.index(method)}"
-        if found:
-            losses = curve(found[1])
-            axis.plot(
-                [100 * check / NUM_CHECKS for check in range(len(losses))], losses, label=method, color=color, **_style(method)
-            )
-    axis.set(xlabel="% of the steps", ylabel="training loss")
+def draw_rates(runs, method):
+    """Returns points of the validation loss at each learning rate, with the best of the other number."""
+    losses = {}
+    for (rate, _), loss in searched(runs, method, 1).items():
+        losses[rate] = min(loss, losses.get(rate, math.inf))
+    return sorted((rate, loss) for rate, loss in losses.items() if math.isfinite(loss))
 
 
-def draw_rates(axis, results):
-    """The last training loss at each learning rate, with the best damping."""
-    for method in PICTURED:
-        if method not in METHODS or len(RATES[METHODS[method].optimizer]) == 1:
-            continue
-        points = []
-        for rate in RATES[METHODS[method].optimizer]:
-            runs = [results["runs"].get(key(method, rate, damping, SEEDS[0])) for damping in METHODS[method].dampings]
-            loss = min(map(final_loss, runs))
-            if math.isfinite(loss):
-                points.append((rate, loss))
-        if points:
-            color = f"C{PICTURED.index(method)}"
-            axis.plot(*zip(*points, strict=True), marker="o", label=method, color=color, **_style(method))
-    axis.set(xlabel="learning rate", ylabel="last training loss", xscale="log")
+def draw_horizons(runs, method):
+    """Returns points of the test loss at each horizon."""
+    found = {horizon: best_runs(runs, method, horizon).values() for horizon in HORIZONS}
+    return [(horizon, statistics.fmean(run["loss"] for run in each)) for horizon, each in found.items() if each]
+
+
+DRAWINGS = {
+    "evidence": (draw_losses, "% of the steps; validation loss"),
+    "rates": (draw_rates, "learning rate; validation loss"),
+    "horizons": (draw_horizons, "horizon; test loss"),
+}
 
 
 def main():
@@ -207,13 +214,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=Path, default=Path(), help="where they go (default: here)")
     arguments = parser.parse_args()
-    tasks = [path.stem for path in sorted(RESULTS.glob("*.json"))]
+    tasks = [path.stem for path in sorted(RESULTS.glob("*.jsonl"))]
+    for horizon in HORIZONS:
+        print_comparison(tasks, horizon)
+        print_pairs(tasks, horizon)
+        print_defaults(tasks, horizon)
     for task in tasks:
-        print_table(task, load(task))
-    print_defaults(tasks, "training loss", final_loss)
-    print_defaults(tasks, "held-out loss", lambda run: run["loss"])
-    for method in SOONEST:
-        print_soonest(tasks, method)
+        print_details(task)
     save_pictures(tasks, arguments.pictures)
 
 

@@ -1,14 +1,33 @@
-"""The six tasks of the experiments: data, a model, and what is reported of it."""
+"""The tasks of the experiments: data in three parts, a model, a loss, and what is measured of held-out data."""
 
+import csv
 import functools
+import importlib.util
+import itertools
 import os
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
+
+
+def cross_entropy(call, x, y):
+    """The mean cross-entropy of logits."""
+    return ops.mean(keras.losses.sparse_categorical_crossentropy(y, call(x), from_logits=True))
+
+
+def squared_error(call, x, y):
+    """The mean squared error."""
+    return ops.mean(ops.square(call(x) - y))
+
+
+def accuracy(call, x, y):
+    """The share of right classes."""
+    return ops.mean(ops.cast(ops.equal(ops.argmax(call(x), axis=-1), y), "float32"))
 
 
 class Task(NamedTuple):
@@ -16,23 +35,25 @@ class Task(NamedTuple):
 
     Args:
         build: function of a seed, returns the model.
-        loss: the loss.
-        metric: name of what is reported of the held-out data: `"accuracy"` or `"loss"`.
-        data: function without arguments, returns `(x, y), (x_test, y_test)`.
+        loss: function of `call` (the model's, or what stands for it), x and y, which returns the loss that is trained.
+        data: function without arguments, returns `(x, y)` of the training, the validation and the test part.
         batch_size: integer.
-        steps: integer, how long it trains.
+        steps: integer, how long it trains at horizon 1.
+        measures: dictionary of further such functions, measured on held-out data.
+        held_out: the loss of held-out data, if it is not the one that is trained.
     """
 
     build: Callable
     loss: Callable
-    metric: str
     data: Callable
     batch_size: int
     steps: int
+    measures: dict = {}  # noqa: RUF012 (nobody changes it)
+    held_out: Callable | None = None
 
 
 @functools.cache
-def images(num_train):
+def images():
     """MNIST through `keras.datasets`, or of the `.npz` file that KERAS_ISAAC_IMAGES names; else scikit-learn's digits."""
     file = os.environ.get("KERAS_ISAAC_IMAGES")
     if file:
@@ -50,9 +71,10 @@ def images(num_train):
             x = np.pad(x, ((0, 0), (2, 2), (2, 2)))
     order = np.random.default_rng(0).permutation(len(x))
     x = (x[order] / x.max()).astype("float32")[..., None]
-    num_train = min(num_train, len(x) * 9 // 10)
     y = y[order].astype("int32")
-    return (x[:num_train], y[:num_train]), (x[-1000:], y[-1000:])
+    held_out = min(4000, len(x) // 3)
+    parts = slice(0, min(6000, len(x) - held_out)), slice(-held_out, -held_out // 2), slice(-held_out // 2, None)
+    return [(x[part], y[part]) for part in parts]
 
 
 def classifier(seed):
@@ -72,9 +94,8 @@ def autoencoder(seed):
 
 def autoencoder_data():
     """Flat images, and themselves."""
-    (x, _), (x_test, _) = images(9000)
-    x, x_test = x.reshape(len(x), -1), x_test.reshape(len(x_test), -1)
-    return (x, x), (x_test, x_test)
+    flat = [x.reshape(len(x), -1) for x, _ in images()]
+    return [(x, x) for x in flat]
 
 
 def cnn(seed):
@@ -117,21 +138,28 @@ def transformer(seed):
     return keras.Model(inputs, layers.Dense(VOCABULARY, name="logits")(layers.LayerNormalization()(x)))
 
 
-def _windows(text, count, start):
-    codes = np.frombuffer(text.encode("ascii", "replace"), "uint8").astype("int32") % VOCABULARY
-    held_out = len(codes) * 9 // 10
-    low, high = (0, held_out) if start == "train" else (held_out, len(codes))
-    places = np.random.default_rng(0).integers(low, high - CONTEXT - 1, count)
-    windows = codes[places[:, None] + np.arange(CONTEXT + 1)]
-    return windows[:, :-1], windows[:, 1:]
+def _windows(texts):
+    """Returns windows of the training, validation and test text, and the same a character further."""
+    parts = []
+    for text, count in zip(texts, (25_600, 256, 256), strict=True):
+        codes = np.frombuffer(text.encode("ascii", "replace"), "uint8").astype("int32") % VOCABULARY
+        places = np.random.default_rng(0).integers(0, len(codes) - CONTEXT - 1, count)
+        windows = codes[places[:, None] + np.arange(CONTEXT + 1)]
+        parts.append((windows[:, :-1], windows[:, 1:]))
+    return parts
+
+
+def _in_three(text):
+    """Eight tenths of a text, one and one."""
+    places = [0, len(text) * 8 // 10, len(text) * 9 // 10, len(text)]
+    return [text[start:stop] for start, stop in itertools.pairwise(places)]
 
 
 def prose():
     """Python's own help texts."""
     import pydoc_data.topics
 
-    text = "".join(pydoc_data.topics.topics.values())
-    return _windows(text, 16 * 400, "train"), _windows(text, 256, "test")
+    return _windows(_in_three("".join(pydoc_data.topics.topics.values())))
 
 
 def code():
@@ -142,15 +170,27 @@ def code():
     import statistics
     import tarfile
 
-    text = "".join(inspect.getsource(module) for module in (argparse, ast, inspect, statistics, tarfile))
-    return _windows(text, 16 * 200, "train"), _windows(text, 256, "test")
+    return _windows(_in_three("".join(inspect.getsource(module) for module in (argparse, ast, inspect, statistics, tarfile))))
+
+
+def library():
+    """The source of Python's standard library; of every ten files, one is for validation and one for the test."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [file.read_text("utf-8", "replace") for file in files]
+    parts = {8: [], 9: []}
+    training = []
+    for place, text in enumerate(texts):
+        parts.get(place % 10, training).append(text)
+    return _windows(["".join(part) for part in (training, *parts.values())])
 
 
 @functools.cache
 def _pretrained_weights():
     model = transformer(0)
-    model.compile(optimizer=keras.optimizers.AdamW(3e-3), loss=_cross_entropy())
-    model.fit(*prose()[0], batch_size=16, verbose=0)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=keras.optimizers.AdamW(3e-3), loss=loss)
+    x, y = prose()[0]
+    model.fit(x[:6400], y[:6400], batch_size=16, verbose=0)
     return model.get_weights()
 
 
@@ -179,32 +219,107 @@ def lora(seed):
     return model
 
 
-def regressor(seed):
-    """Two hidden layers."""
-    keras.utils.set_random_seed(seed)
-    hidden = [layers.Dense(64, activation="relu") for _ in range(2)]
-    return keras.Sequential([keras.Input((10,)), *hidden, layers.Dense(1, name="logits")])
+def regressor(num_inputs, width):
+    """Returns what builds a network of two hidden layers."""
+
+    def build(seed):
+        keras.utils.set_random_seed(seed)
+        hidden = [layers.Dense(width, activation="relu") for _ in range(2)]
+        return keras.Sequential([keras.Input((num_inputs,)), *hidden, layers.Dense(1, name="logits")])
+
+    return build
 
 
-def table():
-    """scikit-learn's diabetes, standardized; features as they are given, of a scale of 0.05."""
-    from sklearn.datasets import load_diabetes
-
-    x, y = load_diabetes(return_X_y=True)
+def _shuffled_parts(x, y, num_held_out):
     order = np.random.default_rng(0).permutation(len(x))
     x, y = x[order].astype("float32"), ((y - y.mean()) / y.std())[order, None].astype("float32")
-    return (x[:352], y[:352]), (x[352:], y[352:])
+    places = slice(0, -2 * num_held_out), slice(-2 * num_held_out, -num_held_out), slice(-num_held_out, None)
+    return [(x[part], y[part]) for part in places]
 
 
-def _cross_entropy():
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+def diabetes():
+    """scikit-learn's table of 442 rows; features as they are given, of a scale of 0.05."""
+    from sklearn.datasets import load_diabetes
+
+    return _shuffled_parts(*load_diabetes(return_X_y=True), 89)
 
 
+def diamonds():
+    """The logarithm of the price of 53,940 diamonds, from the table that the package plotnine carries."""
+    package = importlib.util.find_spec("plotnine")
+    if package is None:
+        raise ImportError("The task `diamonds` reads a table of the package plotnine: `pip install --no-deps plotnine`")
+    (folder,) = package.submodule_search_locations
+    with (Path(folder) / "data" / "diamonds.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    numbers = np.array([[float(row[name]) for name in ("carat", "depth", "table", "x", "y", "z")] for row in rows])
+    # A few lengths are typing errors, as far as thirty standard deviations out.
+    columns = [np.clip((numbers - numbers.mean(0)) / numbers.std(0), -4, 4)]
+    for name in ("cut", "color", "clarity"):
+        values = np.array([row[name] for row in rows])
+        columns.append(values[:, None] == np.unique(values))
+    return _shuffled_parts(np.concatenate(columns, axis=1), np.log([float(row["price"]) for row in rows]), 5000)
+
+
+def poisson_network(seed):
+    """Three layers of tanh, in float64."""
+    keras.utils.set_random_seed(seed)
+    hidden = [layers.Dense(64, activation="tanh", dtype="float64") for _ in range(3)]
+    return keras.Sequential([keras.Input((2,), dtype="float64"), *hidden, layers.Dense(1, dtype="float64", name="logits")])
+
+
+def _on_square(call, x):
+    """Zero on the edges of the unit square, whatever the network says."""
+    return call(x) * ops.prod(x * (1 - x), axis=-1, keepdims=True)
+
+
+def poisson_residual(call, x, y):
+    """The mean squared residual of -Δu = f."""
+    import jax
+
+    def second_derivative(direction):
+        def slope(x):
+            return jax.jvp(lambda x: _on_square(call, x), (x,), (direction,))[1]
+
+        return jax.jvp(slope, (x,), (direction,))[1]
+
+    laplacian = sum(second_derivative(ops.broadcast_to(axis, ops.shape(x))) for axis in np.eye(2))
+    return ops.mean(ops.square(laplacian + y))
+
+
+def poisson_error(call, x, y):
+    """The squared error of u, over the mean square of u."""
+    return ops.mean(ops.square(_on_square(call, x) - y)) / ops.mean(ops.square(y))
+
+
+def poisson():
+    """Points of the square with f for training, with u for what is held out: u = sin(πx) sin(πy) + sin(4πx) sin(2πy) / 4."""
+    parts, random = [], np.random.default_rng(0)
+    for count in (20_000, 500, 2000):
+        x = random.uniform(size=(count, 2))
+        waves = [scale * np.prod(np.sin(np.pi * np.array(k) * x), axis=1) for k, scale in (((1, 1), 1.0), ((4, 2), 0.25))]
+        y = sum(waves) if parts else np.pi**2 * (2 * waves[0] + 20 * waves[1])
+        parts.append((x, y[:, None]))
+    return parts
+
+
+def batches(num_samples, num_steps, batch_size, seed):
+    """Returns which samples make the batch of each step, `[steps, batch]`, the same for all methods."""
+    orders = np.random.default_rng(seed)
+    num_epochs = -(-num_steps * batch_size // num_samples)
+    places = np.concatenate([orders.permutation(num_samples) for _ in range(num_epochs)])
+    return places[: num_steps * batch_size].reshape(num_steps, batch_size)
+
+
+ACCURACY = {"accuracy": accuracy}
 TASKS = {
-    "classifier": Task(classifier, _cross_entropy, "accuracy", lambda: images(9000), 60, 900),
-    "autoencoder": Task(autoencoder, keras.losses.MeanSquaredError, "loss", autoencoder_data, 60, 600),
-    "cnn": Task(cnn, _cross_entropy, "accuracy", lambda: images(6000), 60, 400),
-    "transformer": Task(transformer, _cross_entropy, "loss", prose, 16, 400),
-    "lora": Task(lora, _cross_entropy, "loss", code, 16, 200),
-    "tabular": Task(regressor, keras.losses.MeanSquaredError, "loss", table, 32, 330),
+    "diabetes": Task(regressor(10, 64), squared_error, diabetes, 32, 330),
+    "diamonds": Task(regressor(26, 128), squared_error, diamonds, 64, 1500),
+    "classifier": Task(classifier, cross_entropy, images, 60, 900, ACCURACY),
+    "cnn": Task(cnn, cross_entropy, images, 60, 400, ACCURACY),
+    "lora": Task(lora, cross_entropy, code, 16, 200),
+    "transformer": Task(transformer, cross_entropy, prose, 16, 400),
+    "python": Task(transformer, cross_entropy, library, 16, 1600),
+    "autoencoder": Task(autoencoder, squared_error, autoencoder_data, 60, 600),
+    "poisson": Task(poisson_network, poisson_residual, poisson, 64, 2000, {}, poisson_error),
 }

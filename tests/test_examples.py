@@ -55,32 +55,75 @@ def test_monitor_prints_the_table_and_saves_a_picture(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="the comparison runs on JAX")
 def test_evidence_resumes_and_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_ISAAC_RESULTS", str(tmp_path / "results"))
-    arguments = ("--tasks", "tabular", "--methods", "AdamW;ISAAC + AdamW, norm", "--seeds", 2)
-    first = run("evidence.py", *arguments, "--max-seconds", 0.0, cwd=tmp_path)
-    assert first.count("out of time") == 2
-    lines = [line for line in run("evidence.py", *arguments, cwd=tmp_path).splitlines() if line.startswith("tabular")]
-    # Five learning rates, ten with two dampings, and a second seed of the best of each and of the default, unless that is best.
-    assert len(lines) == 5 + 2 + 10 + 2
-    assert "tabular" not in run("evidence.py", *arguments, cwd=tmp_path)
-    runs = json.loads((tmp_path / "results" / "tabular.json").read_text())["runs"]
-    best = min((run["losses"][-1], name) for name, run in runs.items() if name.startswith("AdamW") and name.endswith("| 0"))[1]
-    mean = math.prod(runs[best[:-1] + seed]["losses"][-1] for seed in "01") ** 0.5
-    run("evidence.py", *arguments[:4], "--time", cwd=tmp_path)
-    table = run("report.py", cwd=tmp_path)
-    row = re.search(r"│ AdamW +│ +([\d.]+) │ +│ +2 │ +([\d.e-]+) │ +[\d.]+ │ +([\d.]+) │", table)
-    assert row, table
-    assert row.group(1) == best.split(" | ")[1]
-    assert math.isclose(float(row.group(2)), mean, rel_tol=1e-2)
-    assert float(row.group(3)) > 0
-    for name in ("evidence", "rates"):
+    arguments = ("--tasks", "diabetes", "--methods", "AdamW;ISAAC + AdamW", "--settings", 3, "--seeds", 2)
+    assert run("evidence.py", *arguments, "--max-seconds", 0.0, cwd=tmp_path) == "out of time\n"
+    lines = run("evidence.py", *arguments, cwd=tmp_path).splitlines()
+    # Of each method three settings, and a second seed of the best.
+    assert [line.split(" 1 ")[0] for line in lines] == ["diabetes: AdamW"] * 4 + ["diabetes: ISAAC + AdamW"] * 4
+    assert run("evidence.py", *arguments, cwd=tmp_path) == ""
+    runs = [json.loads(line) for line in (tmp_path / "results" / "diabetes.jsonl").read_text().splitlines()]
+    adamw = [each for each in runs if each["method"] == "AdamW"]
+    best = min(adamw[:3], key=lambda each: each["validation"][-1])
+    assert (adamw[3]["rate"], adamw[3]["second"], adamw[3]["seed"]) == (best["rate"], best["second"], 1)
+    assert best["train"][-1] < best["train"][0]
+    report = run("report.py", cwd=tmp_path)
+    mean = re.search(r"\| diabetes \| \**([\d.]+) ± [\d.e-]+\** \|", report)
+    assert mean, report
+    assert math.isclose(float(mean.group(1)), (best["loss"] + adamw[3]["loss"]) / 2, rel_tol=1e-2)
+    for name in ("evidence", "rates", "horizons"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def load_example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def steps_of(optimizer, gradients):
+    kernel = keras.Variable(np.linspace(-1, 1, gradients[0].size).reshape(gradients[0].shape).astype("float32"))
+    optimizer.build([kernel])
+    for gradient in gradients:
+        optimizer.apply([keras.ops.convert_to_tensor(gradient, "float32")], [kernel])
+    return keras.ops.convert_to_numpy(kernel)
+
+
+def test_muon_steps_as_keras_own_and_on_matrices_of_more_axes():
+    gradients = np.random.default_rng(0).normal(size=(3, 6, 4))
+    muon = load_example("baselines").Muon
+    expected = steps_of(keras.optimizers.Muon(0.1), gradients)
+    assert np.allclose(steps_of(muon(0.1), gradients), expected, atol=1e-5)
+    assert np.allclose(steps_of(muon(0.1), gradients.reshape(3, 3, 2, 4)).reshape(6, 4), expected, atol=1e-5)
+
+
+def test_soap_steps_as_the_paper_says():
+    gradients = np.random.default_rng(0).normal(size=(8, 5, 5))
+    kernel, momentum, second, factors, bases = np.linspace(-1, 1, 25).reshape(5, 5), 0.0, 0.0, [0.0, 0.0], None
+    for step, gradient in enumerate(gradients):
+        momentum = 0.95 * momentum + 0.05 * gradient
+        if step:
+            left, right = bases
+            second = 0.95 * second + 0.05 * (left.T @ gradient @ right) ** 2
+            update = (left.T @ momentum @ right / (1 - 0.95 ** (step + 1))) / np.sqrt(second / (1 - 0.95**step))
+            kernel = kernel - 0.1 * left @ update @ right.T
+        factors = [0.95 * factors[0] + 0.05 * gradient @ gradient.T, 0.95 * factors[1] + 0.05 * gradient.T @ gradient]
+        if step == 0:
+            bases = [np.linalg.eigh(factor)[1][:, ::-1] for factor in factors]
+        elif step % 3 == 0:
+            orders = [np.argsort(-np.diag(q.T @ factor @ q)) for q, factor in zip(bases, factors, strict=True)]
+            second = second[orders[0]][:, orders[1]]
+            bases = [np.linalg.qr(f @ q[:, order])[0] for f, q, order in zip(factors, bases, orders, strict=True)]
+    soap = load_example("baselines").SOAP(0.1, weight_decay=0.0, basis_every=3)
+    assert np.allclose(steps_of(soap, gradients), kernel, atol=1e-4)
 
 
 KFAC = """
 import keras, numpy as np
-import evidence, kfac, tasks
+import evidence, tasks
 
 def build(seed):
     keras.utils.set_random_seed(seed)
@@ -88,12 +131,13 @@ def build(seed):
 
 x = np.random.default_rng(0).normal(size=(120, 6)).astype("float32")
 data = (x, (x[:, 0] > x[:, 1]).astype("int32"))
-task = tasks.TASKS["classifier"]._replace(build=build, data=lambda: (data, data), batch_size=12, steps=40)
-model = build(0)
-model.compile(loss=task.loss())
-losses = kfac.KfacTrainer(task).run(0.3, 0.1, 0)["losses"]
-assert abs(losses[0] - model.evaluate(*data, verbose=0)) < 1e-3, losses
-assert losses[-1] < losses[0] / 2, losses
+task = tasks.TASKS["classifier"]._replace(build=build, data=lambda: (data, data, data), batch_size=12, steps=40)
+trainer = evidence.make_trainer(task, evidence.METHODS["K-FAC"])
+loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+expected = float(loss(data[1], build(0)(data[0])))
+assert abs(trainer.evaluate(trainer.start(0), *trainer.parts[0])["loss"] - expected) < 1e-3
+run = trainer.run(0.3, 0.1, 0)
+assert run["loss"] < expected / 2, run
 """
 
 
