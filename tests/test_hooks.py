@@ -154,7 +154,9 @@ def test_masks_are_read_and_given():
 
 
 @pytest.mark.parametrize(
-    "copied", [keras.models.clone_model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=str
+    "copied",
+    [keras.models.clone_model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["clone", "deepcopy", "pickle"],
 )
 def test_copies_ask_for_the_compile_config_of_the_instance(copied):
     model, calls = mlp(), []
