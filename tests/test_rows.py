@@ -160,6 +160,26 @@ def test_masked_rows_do_not_count(layer, weight_sharing, compiled):
     assert relative_error(conditioned, oracle.condition(rows, plain, 0.3)) < 2e-5
 
 
+@each_mode
+@pytest.mark.filterwarnings("ignore:.*does not support masking:UserWarning")
+def test_a_mask_over_groups_counts_the_rows_of_each(compiled):
+    """Each of the six positions has a kernel of its own."""
+    layer = layers.EinsumDense("abc,bcd->abd", (6, 3))
+    model = masked_model(layer)
+    random = np.random.default_rng(0)
+    tokens = random.integers(1, 9, size=(4, 6)).astype("int32")
+    tokens[0, 3:] = tokens[1, 1:] = tokens[:, 5] = 0
+    cotangent = random.normal(size=(4, 6, 3)).astype("float32")
+    plain = run(model, tokens, cotangent, compiled=compiled).gradients[0]
+    capture_inputs(model, include=layer)
+    conditioned = run(model, tokens, cotangent, paper_isaac(damping=0.3), compiled).gradients[0]
+    table = to_numpy(model.get_layer("table").embeddings)
+    for position in range(6):
+        rows = table[tokens[:, position][tokens[:, position] != 0]]
+        expected = oracle.condition(rows, plain[position], 0.3) if len(rows) else plain[position]
+        assert relative_error(conditioned[position], expected) < 2e-5
+
+
 def test_a_wholly_masked_batch_keeps_the_plain_gradient():
     layer = layers.Dense(3)
     model = masked_model(layer)
