@@ -18,4 +18,4 @@ from keras_isaac.optimizer import ISAAC
 from keras_isaac.summary import kernel_status, summary
 
 __all__ = ["ISAAC", "capture_inputs", "kernel_status", "register_layer", "summary"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
