@@ -86,8 +86,8 @@ def main():
     for name in ("Adam", "ISAAC"):
         keras.utils.set_random_seed(0)
         solution, model = build_models(arguments.width)
-        rate = keras.optimizers.schedules.CosineDecay(3e-3, steps)
-        optimizer = keras.optimizers.Adam(rate) if name == "Adam" else ISAAC(rate, damping=0.1, inner_optimizer="adam")
+        rate = keras.optimizers.schedules.CosineDecay(1e-2, steps)
+        optimizer = keras.optimizers.Adam(rate) if name == "Adam" else ISAAC(rate, inner_optimizer="adam")
         model = capture_inputs(model)
         model.compile(optimizer, "mse")
 
