@@ -31,12 +31,13 @@ def parse_arguments():
 
 
 def windows(text):
-    """Returns inputs of the model, pieces of a text, and the same one character further."""
+    """Returns inputs of the model, pieces of a text in a random order, and the same one character further."""
     codes = np.frombuffer(text.encode("ascii", "replace"), "uint8").astype("int32")
     count = (len(codes) - 1) // LENGTH
-    tokens = codes[: count * LENGTH].reshape(count, LENGTH)
-    inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
-    return inputs, codes[1 : count * LENGTH + 1].reshape(count, LENGTH)
+    # Keras does not shuffle what KerasHub hands it.
+    order = np.random.default_rng(0).permutation(count)
+    tokens, targets = (codes[start : start + count * LENGTH].reshape(count, LENGTH)[order] for start in (0, 1))
+    return {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}, targets
 
 
 def main():
@@ -60,7 +61,7 @@ def main():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(3e-3), loss)
     help_text = "".join(pydoc_data.topics.topics.values())
-    model.fit(*windows(help_text[: arguments.samples * LENGTH + 1]), batch_size=32, verbose=0)
+    model.fit(*windows(help_text[: arguments.samples * LENGTH + 1]), batch_size=32, shuffle=False, verbose=0)
 
     text = inspect.getsource(argparse)[:20_000]
     split = len(text) * 4 // 5
@@ -72,7 +73,7 @@ def main():
     for optimizer in (keras.optimizers.AdamW(1e-2), ISAAC(1e-2)):
         model.set_weights(start)
         model.compile(optimizer, loss)
-        model.fit(*training, batch_size=8, epochs=arguments.epochs, verbose=0)
+        model.fit(*training, batch_size=8, epochs=arguments.epochs, shuffle=False, verbose=0)
         print(f"after {arguments.epochs} epochs of {type(optimizer).__name__}: {model.evaluate(*held_out, verbose=0):.3f}")
     summary(model, batch_size=8)
 
