@@ -66,7 +66,7 @@ def main():
     text = inspect.getsource(argparse)[:20_000]
     split = len(text) * 4 // 5
     training, held_out = windows(text[:split]), windows(text[split:])
-    print(f"held-out loss of the source before LoRA: {model.evaluate(*held_out, verbose=0):.3f}")
+    print(f"held-out loss of the source before LoRA: {model.evaluate(*held_out, verbose=0)[0]:.3f}")
     backbone.enable_lora(arguments.rank)
     start = model.get_weights()
     model = capture_inputs(model)
@@ -74,7 +74,7 @@ def main():
         model.set_weights(start)
         model.compile(optimizer, loss)
         model.fit(*training, batch_size=8, epochs=arguments.epochs, shuffle=False, verbose=0)
-        print(f"after {arguments.epochs} epochs of {type(optimizer).__name__}: {model.evaluate(*held_out, verbose=0):.3f}")
+        print(f"after {arguments.epochs} epochs of {type(optimizer).__name__}: {model.evaluate(*held_out, verbose=0)[0]:.3f}")
     summary(model, batch_size=8)
 
 
