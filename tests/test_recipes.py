@@ -19,7 +19,7 @@ def test_a_physics_informed_network_comes_near_the_solution(tmp_path):
 
 
 def test_transfer_learning_beats_chance(tmp_path):
-    output = run("recipes/transfer_learning.py", "--weights", "none", "--epochs", 6, cwd=tmp_path)
+    output = run("recipes/transfer_learning.py", "--weights", "none", "--epochs", 5, cwd=tmp_path)
     accuracies = [float(accuracy) for accuracy in re.findall(r"held-out accuracy ([\d.]+)", output)]
     assert len(accuracies) == 2
     # Of five classes.

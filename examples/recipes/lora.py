@@ -14,6 +14,7 @@ import pydoc_data.topics
 import numpy as np
 
 LENGTH = 64
+LAYERS = ["query", "value", "feedforward_intermediate_dense", "feedforward_output_dense"]
 
 
 def parse_arguments():
@@ -67,7 +68,7 @@ def main():
     split = len(text) * 4 // 5
     training, held_out = windows(text[:split]), windows(text[split:])
     print(f"held-out loss of the source before LoRA: {model.evaluate(*held_out, verbose=0)[0]:.3f}")
-    backbone.enable_lora(arguments.rank)
+    backbone.enable_lora(arguments.rank, LAYERS)
     start = model.get_weights()
     model = capture_inputs(model)
     for optimizer in (keras.optimizers.AdamW(1e-2), ISAAC(1e-2)):
@@ -75,7 +76,7 @@ def main():
         model.compile(optimizer, loss)
         model.fit(*training, batch_size=8, epochs=arguments.epochs, shuffle=False, verbose=0)
         print(f"after {arguments.epochs} epochs of {type(optimizer).__name__}: {model.evaluate(*held_out, verbose=0)[0]:.3f}")
-    summary(model, batch_size=8)
+    summary(model, inputs={name: values[:8] for name, values in training[0].items()})
 
 
 if __name__ == "__main__":

@@ -59,6 +59,10 @@ def main():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     base, has_learnt = load_base(arguments.weights)
     if not has_learnt:
+        for layer in base.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                # The steps are few, and the statistics are to follow in time.
+                layer.momentum = 0.9
         first = keras.Sequential([base, keras.layers.Dense(5)])
         first.compile(keras.optimizers.AdamW(3e-3), loss)
         first.fit(first_images, first_classes, batch_size=32, epochs=arguments.epochs, verbose=0)
