@@ -51,13 +51,11 @@ def derivative(function, x):
 def build_models(width):
     """Returns the network for u, which is zero on the boundary, and the model of -Δu, which has the same weights."""
     import keras
-    from keras import layers, ops
 
     points = keras.Input((2,))
-    hidden = layers.Dense(width, "tanh")(points)
-    for _ in range(2):
-        hidden = layers.Dense(width, "tanh")(hidden)
-    solution = keras.Model(points, 16 * ops.prod(points * (1 - points), axis=-1, keepdims=True) * layers.Dense(1)(hidden))
+    hidden = keras.Sequential([keras.layers.Dense(width, "tanh") for _ in range(3)])(points)
+    bubble = 16 * keras.ops.prod(points * (1 - points), axis=-1, keepdims=True)
+    solution = keras.Model(points, bubble * keras.layers.Dense(1)(hidden))
 
     class NegativeLaplacian(keras.Model):
         def __init__(self):
@@ -66,7 +64,7 @@ def build_models(width):
 
         def call(self, points):
             second = [derivative(lambda x, i=i: derivative(self.solution, x)[:, i], points)[:, i] for i in range(2)]
-            return -ops.expand_dims(sum(second), -1)
+            return -keras.ops.expand_dims(sum(second), -1)
 
     return solution, NegativeLaplacian()
 
