@@ -23,13 +23,13 @@ def test_transfer_learning_beats_chance(tmp_path):
     accuracies = [float(accuracy) for accuracy in re.findall(r"held-out accuracy ([\d.]+)", output)]
     assert len(accuracies) == 2
     # Of five classes.
-    assert min(accuracies) > 0.4, output
+    assert min(accuracies) > 0.3, output
     assert "head/kernel" in output
 
 
 def test_lora_lowers_the_held_out_loss(tmp_path):
     pytest.importorskip("keras_hub", reason="KerasHub is not installed")
-    output = run("recipes/lora.py", "--width", 32, "--samples", 512, "--epochs", 3, cwd=tmp_path)
+    output = run("recipes/lora.py", "--width", 32, "--samples", 1024, "--epochs", 4, cwd=tmp_path)
     before = float(re.search(r"before LoRA: ([\d.]+)", output).group(1))
     for name in ("AdamW", "ISAAC"):
         assert float(re.search(rf"epochs of {name}: ([\d.]+)", output).group(1)) < before, output

@@ -62,7 +62,7 @@ def main():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(3e-3), loss)
     help_text = "".join(pydoc_data.topics.topics.values())
-    model.fit(*windows(help_text[: arguments.samples * LENGTH + 1]), batch_size=32, shuffle=False, verbose=0)
+    model.fit(*windows(help_text[: arguments.samples * LENGTH + 1]), batch_size=16, shuffle=False, verbose=0)
 
     text = inspect.getsource(argparse)[:20_000]
     split = len(text) * 4 // 5
@@ -71,7 +71,7 @@ def main():
     backbone.enable_lora(arguments.rank, LAYERS)
     start = model.get_weights()
     model = capture_inputs(model)
-    for optimizer in (keras.optimizers.AdamW(1e-2), ISAAC(1e-2)):
+    for optimizer in (keras.optimizers.AdamW(3e-2), ISAAC(3e-2)):
         model.set_weights(start)
         model.compile(optimizer, loss)
         model.fit(*training, batch_size=8, epochs=arguments.epochs, shuffle=False, verbose=0)
