@@ -48,6 +48,7 @@ names["model"].fit(random.normal(size=(60, 64)), random.integers(0, 10, 60), ver
 import keras_isaac
 
 assert keras_isaac.__file__.startswith(sys.prefix), keras_isaac.__file__
+assert os.path.exists(os.path.join(os.path.dirname(keras_isaac.__file__), "py.typed"))
 keras_isaac.summary(names["model"])
 for other in others:
     command = [sys.executable, "-c", "import keras_isaac"]
@@ -56,6 +57,7 @@ for other in others:
 print(f"{len(snippets)} snippets of the README ran on {backend} alone")
 PYTHON
   "$venv/bin/python" "$root/examples/digits.py" --backend "$backend" --epochs 1 --picture "$work/digits.png"
+  "$venv/bin/python" "$root/examples/recipes/physics_informed.py" --backend "$backend" --width 16 --epochs 2
   cd "$root"
   rm -rf "$venv"
 done

@@ -1,4 +1,4 @@
-"""The README's Python runs as it is written."""
+"""The Python of the README and of CONTRIBUTING runs as it is written, and the README stays short."""
 
 import re
 from pathlib import Path
@@ -10,33 +10,48 @@ from cases import Case, dense
 
 from keras_isaac import ISAAC
 
+ROOT = Path(__file__).parents[1]
 
-@pytest.fixture(scope="module")
-def namespace():
-    """What the README's Python defines."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    snippets = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(snippets) >= 3
+
+def run_python(page):
+    """Runs the Python of a page, and returns how many pieces there are and what they define."""
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     names = {}
     for snippet in snippets:
         exec(snippet, names)
-    return names
+    return len(snippets), names
 
 
-def test_the_readmes_model_trains(namespace):
-    random = np.random.default_rng(0)
-    model = namespace["model"]
+def test_the_readmes_model_trains():
+    count, names = run_python("README.md")
+    assert count >= 2
+    model = names["model"]
     assert isinstance(model.optimizer, ISAAC)
+    random = np.random.default_rng(0)
     model.fit(random.normal(size=(20, 64)), random.integers(0, 10, 20), verbose=0)
 
 
-def test_the_readmes_layer_keeps_the_laws(namespace, count_traces):
+def test_the_adapter_of_contributing_keeps_the_laws(count_traces):
     def read(layer, inputs):
         return dense(layer, np.tanh(inputs))
 
-    case = Case("squashing", namespace["Squashing"], (3, 2, 7), read)
+    count, names = run_python(".github/CONTRIBUTING.md")
+    assert count == 1
+    case = Case("squashing", names["Squashing"], (3, 2, 7), read)
     laws.test_output_outside_a_training_step_is_the_plain_layers(case)
     for compiled in (False, True):
         laws.test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(case, compiled)
     laws.test_huge_damping_gives_the_plain_gradient_and_any_a_direction_of_increase(case)
     laws.test_second_step_compiles_nothing(case, count_traces)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 9 * 1024
+
+
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md"])
+def test_what_a_page_links_to_is_there(page):
+    targets = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
+    assert targets
+    for target in targets:
+        assert (ROOT / page).parent.joinpath(target).exists(), target
