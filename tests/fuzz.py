@@ -239,6 +239,9 @@ def _layer(drawn):
             continue
         else:
             seen = inputs.astype("int32")
+        if name == "lora_kernel_b" and drawn.weight_sharing == "reduce" and drawn.subject.startswith("einsum"):
+            # A sample has a row for each of the first factor's outputs; only its positions are reduced.
+            continue
         rows, matrix_of = case.read(layer, seen)[name]
         # LoRA's factors are float32 in a float64 layer.
         precision = max(drawn.precision, PRECISION[variable.dtype])

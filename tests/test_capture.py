@@ -490,12 +490,16 @@ def test_error_of_a_copy_that_is_plain_names_the_cause():
 
 
 def test_error_of_a_model_in_which_nothing_can_be_conditioned_names_the_reasons():
-    model = capture_inputs(keras.Sequential([keras.Input((4, 6)), keras.layers.LSTM(3)]))
+    class Own(keras.layers.Dense):
+        def call(self, inputs):
+            return super().call(inputs)
+
+    model = capture_inputs(keras.Sequential([keras.Input((6,)), Own(4), keras.layers.Dense(3, trainable=False)]))
     model.compile(optimizer=paper_isaac(), loss="mse")
-    reasons = r"'.*lstm_cell/kernel' \(no conditioned form of LSTMCell\), .*recurrent_kernel"
+    reasons = r"'.*own/kernel' \(no conditioned form of Own\), '.*/kernel' \(frozen\)"
     message = rf"no captured layer took part in this step. All kernels of '.*' are plain: {reasons}"
     with pytest.raises(ValueError, match=message):
-        fit(model, (np.ones((8, 4, 6)), np.ones((8, 3))))
+        fit(model, regression())
 
 
 def test_regularizers_and_constraints_work_as_before():

@@ -40,6 +40,7 @@ def trace(matrix):
     return jnp.sum(diagonal, axis=-1)[..., None, None]
 
 
+@jax.jit
 def trace_of_gram(rows, gram):
     """Returns tr(XXᵀ) of rows `[..., r, n]`, given XXᵀ or XᵀX, as `[..., 1, 1]`."""
     # On a GPU or a TPU the sum of the squares is fused with what reads the rows anyway; a slice is not.
