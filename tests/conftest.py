@@ -1,7 +1,12 @@
 """Every test starts from the same seed and a fresh Keras state."""
 
-import keras
-import pytest
+import os
+
+# TensorFlow convolves images with the channels first on a CPU by oneDNN alone, which it turns on by itself for some processors.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+import keras  # noqa: E402
+import pytest  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
