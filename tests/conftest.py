@@ -5,8 +5,8 @@ import os
 # TensorFlow convolves images with the channels first on a CPU by oneDNN alone, which it turns on by itself for some processors.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-import keras  # noqa: E402
-import pytest  # noqa: E402
+import keras
+import pytest
 
 
 @pytest.fixture(autouse=True)
