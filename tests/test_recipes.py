@@ -18,6 +18,7 @@ def test_a_physics_informed_network_comes_near_the_solution(tmp_path):
         assert float(errors.group(2)) < float(errors.group(1)) / 2, output
 
 
+@pytest.mark.slow
 def test_transfer_learning_beats_chance(tmp_path):
     output = run("recipes/transfer_learning.py", "--weights", "none", "--epochs", 5, cwd=tmp_path)
     accuracies = [float(accuracy) for accuracy in re.findall(r"held-out accuracy ([\d.]+)", output)]
@@ -27,6 +28,7 @@ def test_transfer_learning_beats_chance(tmp_path):
     assert "head/kernel" in output
 
 
+@pytest.mark.slow
 def test_lora_lowers_the_held_out_loss(tmp_path):
     pytest.importorskip("keras_hub", reason="KerasHub is not installed")
     output = run("recipes/lora.py", "--width", 32, "--samples", 1024, "--epochs", 4, cwd=tmp_path)
