@@ -62,15 +62,18 @@ def conditioned_matmul(rows, kernel, twin, damping, *, is_relative=False, max_ro
         return conditioner.sample_side_tangent(rows, kernel_tangent, damping, is_relative)
 
     def condition(rows, output_gradient, damping):
+        rows, output_gradient = conditioner.in_full_precision(rows, output_gradient)
+
         def few():
-            return conditioner.cast(conditioner.sample_side(rows, output_gradient, damping, is_relative), kernel.dtype)
+            return conditioner.sample_side(rows, output_gradient, damping, is_relative)
 
         def many():
             gradient = backend.transpose(rows) @ output_gradient
             return conditioner.condition(gradient, spread(rows, max_rows), damping, is_relative=is_relative)
 
         num_in = rows.shape[-1]
-        return conditioner.if_at_most(num_in if max_rows is None else min(num_in, max_rows), rows, few, many)
+        conditioned = conditioner.if_at_most(num_in if max_rows is None else min(num_in, max_rows), rows, few, many)
+        return conditioner.cast(conditioned, kernel.dtype)
 
     def gate(kernel, twin, rows, damping):
         return conditioned_kernel(kernel, twin, spread(rows, max_rows), damping, is_relative=is_relative)
