@@ -221,9 +221,11 @@ class _gate(torch.autograd.Function):  # noqa: N801 (a function to whoever calls
 
     @staticmethod
     def backward(ctx, output_gradient):
-        conditioned = ctx.condition(output_gradient, *ctx.saved_tensors) if ctx.needs_input_grad[1] else None
+        # Read once: recomputation does not give them a second time.
+        residuals = ctx.saved_tensors
+        conditioned = ctx.condition(output_gradient, *residuals) if ctx.needs_input_grad[1] else None
         twin_gradient = output_gradient if ctx.needs_input_grad[2] else None
-        return None, conditioned, twin_gradient, *(None for _ in ctx.saved_tensors)
+        return None, conditioned, twin_gradient, *(None for _ in residuals)
 
     @staticmethod
     def jvp(ctx, _, kernel_tangent, twin_tangent, *__):
