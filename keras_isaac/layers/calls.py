@@ -87,7 +87,7 @@ def conditioned_factors(kernels, matrices, conditioning_of, rows):
 
 def _rows_of_second(rows, first, second):
     values, first = ops.stop_gradient(rows.values), ops.stop_gradient(first)
-    values = ops.matmul(ops.cast(values, first.dtype), first)
+    values = ops.cast(values, first.dtype) @ first
     *groups, rank, _ = second.shape
     times = math.prod(values.shape[:-2]) * (values.shape[-1] // rank)
     num_counted, num_represented = rows.num_counted, rows.num_represented
@@ -163,7 +163,8 @@ def product(inputs, kernel, conditioning, mask, num_groups=0):
             max_rows=None if is_matrix else conditioning.max_rows,
         )
     else:
-        products = ops.matmul(rows, _conditioned_kernel(kernel, twin, conditioning, call))
+        # `keras.ops.matmul` returns float32 for float64 on PyTorch.
+        products = rows @ _conditioned_kernel(kernel, twin, conditioning, call)
     products = products if is_matrix else ops.reshape(products, outputs_shape)
     return products if carrier is None else products + carrier
 
