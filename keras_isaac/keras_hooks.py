@@ -203,10 +203,11 @@ def call_with(layer, values, *args, **kwargs):
 
     Args:
         layer: the layer.
-        values: list of pairs of a variable and a tensor; the variables may be others than `layer.variables`, too.
+        values: pairs of a variable and a tensor; the variables may be others than `layer.variables`, too.
         *args: arguments of `call`.
         **kwargs: keyword arguments of `call`.
     """
+    values = list(values)
     replaced = {id(variable): value for variable, value in values}
     variables = list({id(variable): variable for variable in (*layer.variables, *(pair[0] for pair in values))}.values())
     state = [(variable, replaced.get(id(variable), variable.value)) for variable in variables]

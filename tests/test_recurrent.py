@@ -6,6 +6,7 @@ from typing import NamedTuple
 import cases
 import keras
 import numpy as np
+import oracle
 import pytest
 from harness import BACKEND, paper_isaac, run, to_numpy
 from keras import layers
@@ -142,8 +143,8 @@ def read_steps(layer, inputs, mask=None):
         return read_steps(layer.layer, inputs, **layer.arguments)
     wrapped, images = layer.layer, inputs[np.ones(inputs.shape[:2], "bool") if mask is None else mask]
     of_layer = cases.dense if isinstance(wrapped, layers.Dense) else cases.conv
-    name = "lora_kernel_a" if wrapped.lora_enabled else "kernel"
-    return {id(getattr(wrapped, name)): of_layer(wrapped, images, name)[name]}
+    readings = (cases.lora(of_layer) if wrapped.lora_enabled else of_layer)(wrapped, images)
+    return {id(getattr(wrapped, name)): reading for name, reading in readings.items()}
 
 
 def expected(rows, plain, damping):
@@ -260,7 +261,8 @@ def data(case):
 # Each kind of layer once. The slow tests run its other options.
 OFTEN = {
     *("simple-backwards-masked", "lstm", "lstm-masked", "gru-reset-before", "stack-masked", "bidirectional-masked"),
-    *("conv-lstm-2d-strided-masked", "steps-dense-masked", "steps-conv2d-groups", "steps-conv2d-masked"),
+    *("conv-lstm-2d-strided-masked", "steps-dense-masked", "steps-dense-lora", "steps-conv2d-groups"),
+    "steps-conv2d-masked",
 }
 # JAX compiles every operation of an eager step, which takes long, and PyTorch has one mode.
 EAGER = ("lstm", "gru-masked", "stack-masked", "bidirectional-masked", "conv-lstm-2d-strided-masked", "steps-conv2d-masked")
@@ -295,6 +297,26 @@ def check(case, compiled, damping=0.3):
 @each_case([case.id for case in CASES], OFTEN)
 def test_each_kernel_is_conditioned_once_on_the_rows_of_all_steps(case):
     check(case, compiled=True)
+
+
+def test_quantized_steps_are_conditioned_once_too():
+    """The wrapped layer is captured as well, and Keras calls it by its other name."""
+    random = np.random.default_rng(0)
+    inputs, cotangent = random.normal(size=(3, 4, 6)).astype("float32"), random.normal(size=(3, 4, 5)).astype("float32")
+    wrapped = layers.Dense(5)
+    layer = layers.TimeDistributed(wrapped)
+    layer.build(inputs.shape)
+    wrapped.quantize("int8")
+    wrapped.enable_lora(2)
+    wrapped.lora_kernel_b.assign(random.normal(size=(2, 5)))
+    plain = run(layer, inputs, cotangent).gradients
+    actual = run(capture_inputs(layer), inputs, cotangent, paper_isaac(damping=0.3)).gradients
+    rows = inputs.reshape(12, 6)
+    names = {id(wrapped.lora_kernel_a): rows, id(wrapped.lora_kernel_b): rows @ to_numpy(wrapped.lora_kernel_a)}
+    for variable, ours, theirs in zip(layer.trainable_variables, actual, plain, strict=True):
+        met = names.get(id(variable))
+        wanted = theirs if met is None else oracle.condition(met, theirs, 0.3)
+        assert relative_error(ours, wanted) < 2e-5, variable.path
 
 
 @each_case(EAGER, ["lstm"] if BACKEND == "tensorflow" else [])

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_isaac.curvature.rows import sampled_rows
-from keras_isaac.layers.calls import call_with, conditioned
+from keras_isaac.layers.calls import call_with, conditioned, conditioned_factors, has_lora, main_kernels, own_call
 from keras_isaac.layers.steps import attributes, channels_last, patch_rows
 
 _CONVOLUTIONS = {layer.call for layer in (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)}
@@ -18,25 +18,31 @@ class TimeDistributedAdapter:
 
     @staticmethod
     def kernels(layer):
-        """The wrapped layer's kernel, or LoRA's first factor."""
+        """The wrapped layer's kernel, or LoRA's factors: of a convolution, the first."""
         wrapped = layer.layer
-        if type(wrapped).call is not keras.layers.Dense.call and type(wrapped).call not in _CONVOLUTIONS:
-            return []
-        return [wrapped.lora_kernel_a if getattr(wrapped, "lora_enabled", False) else wrapped.kernel]
+        if type(wrapped).call is keras.layers.Dense.call:
+            return main_kernels(wrapped)
+        return main_kernels(wrapped)[:1] if type(wrapped).call in _CONVOLUTIONS else []
 
     @staticmethod
     def call(layer, conditioning_of, inputs, training=None, mask=None):
-        """The layer's own `call`, in which the wrapped layer finds its kernel conditioned."""
-        (kernel,) = TimeDistributedAdapter.kernels(layer)
-        wrapped, value, conditioning = layer.layer, ops.convert_to_tensor(kernel), conditioning_of(kernel)
+        """The layer's own `call`, in which the wrapped layer finds its kernels conditioned."""
+        kernels, wrapped = TimeDistributedAdapter.kernels(layer), layer.layer
+        values = [ops.convert_to_tensor(kernel) for kernel in kernels]
+        (conditioning, *_) = filter(None, map(conditioning_of, kernels))
         if type(wrapped).call is keras.layers.Dense.call:
             rows = sampled_rows(inputs, conditioning, _mask_of_positions(mask, inputs, len(inputs.shape) - 1))
-            value = conditioned(value, conditioning, rows)
+            if has_lora(wrapped):
+                values = conditioned_factors(kernels, values, conditioning_of, rows)
+            else:
+                values = [conditioned(values[0], conditioning, rows)]
         else:
-            value = _conditioned_convolution(wrapped, value, conditioning, channels_last(wrapped, inputs), mask)
-        # The wrapped layer may be captured itself, and would condition the kernel again at every step.
-        with attributes(wrapped, call=types.MethodType(type(wrapped).call, wrapped)):
-            return call_with(layer, [(kernel, value)], inputs, training=training, mask=mask)
+            images = channels_last(wrapped, inputs)
+            values = [_conditioned_convolution(wrapped, values[0], conditioning, images, mask)]
+        # The wrapped layer may be captured itself, and would condition its kernels again at every step.
+        own = types.MethodType(own_call(wrapped), wrapped)
+        with attributes(wrapped, call=own, quantized_call=own):
+            return call_with(layer, zip(kernels, values, strict=True), inputs, training=training, mask=mask)
 
 
 def _mask_of_positions(mask, inputs, num_axes):
