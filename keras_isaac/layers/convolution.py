@@ -101,9 +101,9 @@ def _call_with_factors(layer, conditioning_of, inputs):
         # One first factor meets the patches of all groups. What comes of each group meets its own columns of the second.
         num_represented = None if rows.num_represented is None else rows.num_represented * layer.groups
         rows = Rows(ops.reshape(rows.values, (-1, rows.values.shape[-1])), None, num_represented)
-        second = ops.swapaxes(ops.reshape(b, (b.shape[0], layer.groups, -1)), 0, 1)
+        second = matrix_of(b, b.shape[0], layer.groups)
     first, second = conditioned_factors(kernels, (first, second), conditioning_of, rows)
-    second = ops.reshape(ops.swapaxes(second, 0, 1), b.shape) if layer.groups > 1 else second
+    second = kernel_of(second, b.shape, layer.groups)
     return call_with(layer, zip(kernels, (ops.reshape(first, a.shape), second), strict=True), inputs)
 
 
@@ -111,12 +111,28 @@ def _patches_of_groups(layer, inputs, conditioning, groups):
     """Returns the patches of channels-last `inputs` as `Rows` `[rows, positions * in]`, or `[groups, ...]` of many groups."""
     inputs = ops.stop_gradient(inputs)
     rows = patches(inputs, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding, conditioning)
-    size, num_in = rows.values.shape[1], inputs.shape[-1] // groups
+    return rows_of_groups(rows, rows.values.shape[1], inputs.shape[-1] // groups, groups)
+
+
+def rows_of_groups(rows, size, num_in, groups):
+    """Returns patches of `size` positions as `Rows` `[rows, positions * in]`, or `[groups, ...]` of many groups."""
     if groups == 1:
         return rows._replace(values=ops.reshape(rows.values, (-1, size * num_in)))
     # [rows, positions, groups * in] -> [groups, rows, positions * in]
     values = ops.transpose(ops.reshape(rows.values, (-1, size, groups, num_in)), (2, 0, 1, 3))
     return rows._replace(values=ops.reshape(values, (groups, -1, size * num_in)))
+
+
+def matrix_of(kernel, num_in, groups):
+    """Returns a kernel `[*kernel_size, in, groups * out]` as a matrix `[positions * in, out]`, or `[groups, ...]`."""
+    if groups == 1:
+        return ops.reshape(kernel, (num_in, -1))
+    return ops.swapaxes(ops.reshape(kernel, (num_in, groups, -1)), 0, 1)
+
+
+def kernel_of(matrix, shape, groups):
+    """Returns a matrix of `matrix_of` in the kernel's `shape`."""
+    return ops.reshape(ops.swapaxes(matrix, 0, 1) if groups > 1 else matrix, shape)
 
 
 def _conditioned_convolution(layer, kernel, conditioning, inputs, depthwise):
@@ -129,11 +145,7 @@ def _conditioned_convolution(layer, kernel, conditioning, inputs, depthwise):
     groups = inputs.shape[-1] if depthwise else layer.groups
     num_groups = int(groups > 1)
     rows = _patches_of_groups(layer, inputs, conditioning, groups)
-    if num_groups:
-        # [*kernel_size, in, groups * out] -> [groups, positions * in, out]
-        matrix = ops.swapaxes(ops.reshape(kernel, (rows.values.shape[-1], groups, -1)), 0, 1)
-    else:
-        matrix = ops.reshape(kernel, (rows.values.shape[-1], -1))
+    matrix = matrix_of(kernel, rows.values.shape[-1], groups)
 
     def rows_of(outputs):
         outputs = _channels_last(layer, outputs)
@@ -150,8 +162,7 @@ def _conditioned_convolution(layer, kernel, conditioning, inputs, depthwise):
     output_shape.insert(1 if layer.data_format == "channels_first" else len(output_shape), num_outputs)
     outputs = Outputs(tuple(output_shape), rows_of, num_groups=num_groups)
     matrix, carrier = conditioned(matrix, conditioning, rows, outputs)
-    matrix = ops.swapaxes(matrix, 0, 1) if num_groups else matrix
-    return ops.reshape(matrix, kernel.shape), carrier
+    return kernel_of(matrix, kernel.shape, groups), carrier
 
 
 def _convolve(layer, inputs, kernel, depthwise):

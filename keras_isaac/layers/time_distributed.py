@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_isaac.curvature.rows import sampled_rows
 from keras_isaac.layers.calls import call_with, conditioned, conditioned_factors, has_lora, main_kernels, own_call
+from keras_isaac.layers.convolution import kernel_of, matrix_of, rows_of_groups
 from keras_isaac.layers.steps import attributes, channels_last, patch_rows
 
 _CONVOLUTIONS = {layer.call for layer in (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)}
@@ -65,14 +66,7 @@ def _conditioned_convolution(layer, kernel, conditioning, inputs, mask):
     # A step counts if anything in it does.
     mask = _mask_of_positions(mask, inputs, 2)
     rows = patch_rows(inputs, conditioning, mask, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding)
-    if layer.groups == 1:
-        matrix = conditioned(ops.reshape(kernel, (-1, kernel.shape[-1])), conditioning, rows)
-        return ops.reshape(matrix, kernel.shape)
-    groups, size, num_in = layer.groups, math.prod(kernel.shape[:-2]), kernel.shape[-2]
-    # [rows, kernel positions * groups * in] -> [groups, rows, kernel positions * in]
-    values = ops.transpose(ops.reshape(rows.values, (-1, size, groups, num_in)), (2, 0, 1, 3))
-    rows = rows._replace(values=ops.reshape(values, (groups, -1, size * num_in)))
-    # [*kernel_size, in, groups * out] -> [groups, kernel positions * in, out]
-    matrix = ops.swapaxes(ops.reshape(kernel, (size * num_in, groups, -1)), 0, 1)
-    matrix = conditioned(matrix, conditioning, rows)
-    return ops.reshape(ops.swapaxes(matrix, 0, 1), kernel.shape)
+    size, num_in = math.prod(kernel.shape[:-2]), kernel.shape[-2]
+    rows = rows_of_groups(rows, size, num_in, layer.groups)
+    matrix = conditioned(matrix_of(kernel, size * num_in, layer.groups), conditioning, rows)
+    return kernel_of(matrix, kernel.shape, layer.groups)
