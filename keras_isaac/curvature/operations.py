@@ -111,7 +111,10 @@ def output_conditioned_kernel(kernel, carrier, damping, mask, rows_of, *, is_rel
             _, damping = conditioner.in_full_precision(kernel_gradient, damping)
             total = ops.cast(total, damping.dtype)
             if rows.num_counted is not None:
-                total = ops.cast(backend.clip(rows.num_counted, 1), damping.dtype) * total / ops.shape(rows.values)[-2]
+                counted, sampled = (
+                    ops.cast(size, damping.dtype) for size in (backend.clip(rows.num_counted, 1), ops.shape(rows.values)[-2])
+                )
+                total = counted * total / sampled
             # The gradients of a mean over r rows are those of the rows' own losses, divided by r.
             damping = damping / total / total
         conditioned = conditioner.condition_outputs(kernel_gradient, rows.values, damping, rows.num_counted, is_relative)
