@@ -1,16 +1,22 @@
 """Runs one layer forward and backward on whichever backend is in use, and hands back NumPy arrays."""
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import keras
 import numpy as np
+import pytest
 
 from keras_isaac import ISAAC, backend
 from keras_isaac.layers.calls import product
 from keras_isaac.scope import Conditioning
 
 BACKEND = keras.backend.backend()
+# The ways in which Keras runs a step: JAX compiles it, PyTorch does not, TensorFlow does both (`run_eagerly`).
+IS_COMPILED = BACKEND == "jax"
+MODES = {"jax": ["compiled"], "tensorflow": ["eager", "compiled"], "torch": ["eager"]}[BACKEND]
+each_mode = pytest.mark.parametrize("compiled", [mode == "compiled" for mode in MODES], ids=MODES)
 
 
 class Pass(NamedTuple):
@@ -39,20 +45,28 @@ def conditioning(damping, output_damping=None, **options):
     return Conditioning(damping, output_damping, **options, per_replica=False, trains=lambda kernel: True, on_use=lambda: None)
 
 
-def conditioned_gradient(rows, output_gradient, damping, output_damping=None, *, dtype="float32", compiled=False, **options):
+def conditioned_gradient(
+    rows, output_gradient, damping, output_damping=None, *, dtype="float32", compiled=IS_COMPILED, **options
+):
     """The gradient of a kernel in the product of `rows` and it, given that of the product, in NumPy."""
     rows, output_gradient = (keras.ops.convert_to_tensor(np.asarray(x, dtype)) for x in (rows, output_gradient))
-    dampings = [None if x is None else keras.ops.convert_to_tensor(np.float32(x)) for x in (damping, output_damping)]
+    dampings = [keras.ops.convert_to_tensor(np.float32(x)) for x in (damping, output_damping) if x is not None]
+    kernel = keras.ops.zeros((*rows.shape[:-2], rows.shape[-1], output_gradient.shape[-1]), dtype)
+    return to_numpy(_gradient_function(compiled, tuple(options.items()))(kernel, rows, output_gradient, *dampings))
 
-    def loss(kernel):
-        products = product(rows, kernel, conditioning(*dampings, **options), None, len(rows.shape) - 2)
-        return keras.ops.sum(products * output_gradient)
 
-    def gradient(kernel):
+@functools.cache
+def _gradient_function(compiled, options):
+    """Compiled once for all tests of one shape and these options."""
+
+    def gradient(kernel, rows, output_gradient, *dampings):
+        def loss(kernel):
+            products = product(rows, kernel, conditioning(*dampings, **dict(options)), None, len(rows.shape) - 2)
+            return keras.ops.sum(products * output_gradient)
+
         return backend.gradients_of(lambda tensors: (loss(*tensors), None), [kernel])[1][0]
 
-    kernel = keras.ops.zeros((*rows.shape[:-2], rows.shape[-1], output_gradient.shape[-1]), dtype)
-    return to_numpy((jit(gradient) if compiled else gradient)(kernel))
+    return jit(gradient) if compiled else gradient
 
 
 def jit(function):
@@ -68,22 +82,32 @@ def jit(function):
     return function
 
 
-def run(layer, inputs, cotangent, optimizer=None, compiled=False):
+def run(layer, inputs, cotangent, optimizer=None, compiled=IS_COMPILED):
     """Returns the outputs of `layer` and the gradients of Σ outputs · cotangent, inside a training step.
 
     With an `optimizer` the pass runs under its `conditioning()`. Integer inputs have no gradient (`None`).
     """
+    return step_of(layer, inputs, cotangent, optimizer, compiled)()
+
+
+def step_of(layer, inputs, cotangent, optimizer=None, compiled=IS_COMPILED):
+    """Returns a function without arguments that runs the step of `run`; it is compiled once, whatever the damping is set to."""
     if not layer.built:
         layer.build(inputs.shape)
     if optimizer is not None and not optimizer.built:
         optimizer.build(layer.trainable_variables)
-    outputs, input_gradient, gradients = _RUN[BACKEND](layer, inputs, cotangent, optimizer, compiled)
-    if input_gradient is not None:
-        input_gradient = to_numpy(input_gradient)
-    return Pass(to_numpy(outputs), input_gradient, [to_numpy(gradient) for gradient in gradients])
+    step = _STEP_OF[BACKEND](layer, inputs, cotangent, optimizer, compiled)
+
+    def in_numpy():
+        outputs, input_gradient, gradients = step()
+        if input_gradient is not None:
+            input_gradient = to_numpy(input_gradient)
+        return Pass(to_numpy(outputs), input_gradient, [to_numpy(gradient) for gradient in gradients])
+
+    return in_numpy
 
 
-def _run_jax(layer, inputs, cotangent, optimizer, compiled):
+def _step_of_jax(layer, inputs, cotangent, optimizer, compiled):
     import jax
 
     is_float = np.issubdtype(inputs.dtype, np.floating)
@@ -97,15 +121,19 @@ def _run_jax(layer, inputs, cotangent, optimizer, compiled):
 
     grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
     grad = jax.jit(grad) if compiled else grad
-    state = [variable.value for variable in layer.non_trainable_variables]
-    optimizer_variables = [] if optimizer is None else [variable.value for variable in optimizer.variables]
-    trainable = [variable.value for variable in layer.trainable_variables]
     floats = keras.ops.convert_to_tensor(inputs if is_float else np.zeros(()))
-    (gradients, input_gradient), outputs = grad(trainable, floats, None if is_float else inputs, state, optimizer_variables)
-    return outputs, input_gradient if is_float else None, gradients
+
+    def step():
+        state = [variable.value for variable in layer.non_trainable_variables]
+        optimizer_variables = [] if optimizer is None else [variable.value for variable in optimizer.variables]
+        trainable = [variable.value for variable in layer.trainable_variables]
+        (gradients, input_gradient), outputs = grad(trainable, floats, None if is_float else inputs, state, optimizer_variables)
+        return outputs, input_gradient if is_float else None, gradients
+
+    return step
 
 
-def _run_tensorflow(layer, inputs, cotangent, optimizer, compiled):
+def _step_of_tensorflow(layer, inputs, cotangent, optimizer, compiled):
     import tensorflow as tf
 
     variables = [variable.value for variable in layer.trainable_variables]
@@ -124,20 +152,24 @@ def _run_tensorflow(layer, inputs, cotangent, optimizer, compiled):
     if compiled:
         # The batch size is unknown to the trace, as in most data pipelines.
         step = tf.function(step, input_signature=[tf.TensorSpec([None, *inputs.shape[1:]], inputs.dtype)])
-    return step(inputs)
+    return lambda: step(inputs)
 
 
-def _run_torch(layer, inputs, cotangent, optimizer, compiled):
+def _step_of_torch(layer, inputs, cotangent, optimizer, compiled):
     inputs = keras.ops.convert_to_tensor(inputs)
     is_float = inputs.is_floating_point()
-    inputs = inputs.clone().requires_grad_(is_float)
-    layer.zero_grad()
-    scope = contextlib.nullcontext() if optimizer is None else optimizer.conditioning()
-    with scope:
-        outputs = layer(inputs, training=True)
-    (outputs * keras.ops.cast(cotangent, outputs.dtype)).sum().backward()
-    gradients = [variable.value.grad for variable in layer.trainable_variables]
-    return outputs.detach(), inputs.grad, gradients
+
+    def step():
+        leaf = inputs.clone().requires_grad_(is_float)
+        layer.zero_grad()
+        scope = contextlib.nullcontext() if optimizer is None else optimizer.conditioning()
+        with scope:
+            outputs = layer(leaf, training=True)
+        (outputs * keras.ops.cast(cotangent, outputs.dtype)).sum().backward()
+        gradients = [variable.value.grad for variable in layer.trainable_variables]
+        return outputs.detach(), leaf.grad, gradients
+
+    return step
 
 
-_RUN = {"jax": _run_jax, "tensorflow": _run_tensorflow, "torch": _run_torch}
+_STEP_OF = {"jax": _step_of_jax, "tensorflow": _step_of_tensorflow, "torch": _step_of_torch}

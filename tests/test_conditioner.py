@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import BACKEND, conditioned_gradient, paper_isaac, to_numpy
+from harness import BACKEND, IS_COMPILED, conditioned_gradient, each_mode, paper_isaac, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -16,7 +16,7 @@ from keras_isaac.curvature.conditioner import condition
 EPSILON = 2.0**-23
 
 
-def conditioned(rows, output_gradient, damping, compiled=False):
+def conditioned(rows, output_gradient, damping, compiled=IS_COMPILED):
     return conditioned_gradient(rows, output_gradient, damping, compiled=compiled)
 
 
@@ -62,7 +62,7 @@ def test_theorem_direction_of_increase_for_any_damping(problem):
 
 @pytest.mark.parametrize(("rows", "features", "outputs"), [(60, 400, 300), (60, 400, 500), (400, 60, 100), (1, 8, 8)])
 @pytest.mark.parametrize("damping", [1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e2, 1e4, 1e8])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@each_mode
 def test_float32_is_accurate_over_sixteen_decades_of_damping(rows, features, outputs, damping, compiled):
     inputs, gradient = normal((rows, features), (rows, outputs))
     expected = oracle.conditioned_gradient(inputs, gradient, np.float32(damping))
@@ -195,7 +195,7 @@ def test_where_few_rows_and_a_finished_gradient_overflow_it_stays_as_it_is():
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6)], ids=["sample side", "feature side"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["rows", "gradient"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@each_mode
 def test_non_finite_in_non_finite_out_and_no_exception(shape, bad, where, compiled):
     rows, gradient = normal(shape, (shape[0], 4))
     {"rows": rows, "gradient": gradient}[where][2, 1] = bad

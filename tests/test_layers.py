@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from cases import data, each_case, expected_gradient
-from harness import BACKEND, paper_isaac, run, to_numpy
+from harness import BACKEND, each_mode, paper_isaac, run, step_of, to_numpy
 from oracle import relative_error
 
 from keras_isaac import capture_inputs
@@ -13,7 +13,6 @@ from keras_isaac import capture_inputs
 each_table = pytest.mark.parametrize(
     "kind", [each for each in ("Embedding", "ReversibleEmbedding") if hasattr(keras.layers, each)]
 )
-each_mode = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 
 
 def is_kernel(case, layer, inputs):
@@ -40,8 +39,11 @@ def test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(
         np.testing.assert_array_equal(captured, expected)
     reading, names = case.read(layer, inputs), is_kernel(case, layer, inputs)
     assert set(names) - {None} == set(reading)
+    optimizer = paper_isaac()
+    step = step_of(layer, inputs, cotangent, optimizer, compiled)
     for damping in (1e-4, 0.1, 1.0, 30.0):
-        conditioned = run(layer, inputs, cotangent, paper_isaac(damping=damping), compiled)
+        optimizer.damping = damping
+        conditioned = step()
         assert relative_error(conditioned.outputs, plain.outputs) < 1e-6
         if plain.input_gradient is not None:
             assert relative_error(conditioned.input_gradient, plain.input_gradient) < 1e-6
@@ -59,8 +61,11 @@ def test_huge_damping_gives_the_plain_gradient_and_any_a_direction_of_increase(c
     layer, inputs, cotangent = data(case)
     plain = run(layer, inputs, cotangent)
     capture_inputs(layer)
+    optimizer = paper_isaac()
+    step = step_of(layer, inputs, cotangent, optimizer)
     for damping in (1e-6, 1e-2, 1.0, 1e2, 1e8):
-        conditioned = run(layer, inputs, cotangent, paper_isaac(damping=damping))
+        optimizer.damping = damping
+        conditioned = step()
         for actual, theirs in zip(conditioned.gradients, plain.gradients, strict=True):
             assert np.sum(actual * theirs) > 0
             if damping == 1e8:

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import paper_isaac, run, to_numpy
+from harness import IS_COMPILED, each_mode, paper_isaac, run, to_numpy
 from keras import layers, ops
 from models import fit
 from oracle import relative_error
@@ -26,7 +26,7 @@ def with_lora(layer, input_shape, mode=None, seed=0):
     return layer
 
 
-def plain_and_conditioned(layer, inputs, cotangent, compiled=False, **options):
+def plain_and_conditioned(layer, inputs, cotangent, compiled=IS_COMPILED, **options):
     """Passes of the layer by name of the variable, plain and captured."""
     plain = run(layer, inputs, cotangent, compiled=compiled)
     conditioned = run(capture_inputs(layer), inputs, cotangent, paper_isaac(damping=0.3, **options), compiled)
@@ -110,7 +110,7 @@ QUANTIZED = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@each_mode
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_factors_beside_a_quantized_kernel(kind, mode, compiled):

@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, paper_isaac, run, to_numpy
+from harness import BACKEND, each_mode, paper_isaac, run, to_numpy
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
 from keras.optimizers.schedules import ExponentialDecay, PiecewiseConstantDecay
 from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
@@ -91,7 +91,7 @@ def test_damping_reads_and_sets(damping):
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("damping", [1e-8, 1.01e-6])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@each_mode
 def test_layers_do_not_round_the_damping_to_their_compute_dtype(policy, damping, compiled):
     model = capture_inputs(keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, dtype=policy)]))
     inputs, cotangent = np.full((2, 1), 2.0**-10, "float32"), np.full((2, 1), 2.0**10, "float32")

@@ -5,13 +5,12 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import paper_isaac, run
+from harness import each_mode, paper_isaac, run
 from keras import layers
 from oracle import relative_error
 
 from keras_isaac import ISAAC, capture_inputs
 
-each_mode = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 DAMPING, OUTPUT_DAMPING = 0.3, 40.0
 
 

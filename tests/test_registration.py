@@ -4,12 +4,12 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import paper_isaac, run
+from harness import each_mode, paper_isaac, run
 from models import fit
 from oracle import relative_error
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status, register_adapter, register_layer
-from keras_isaac.capture import walk
+from keras_isaac.selection import walk
 
 
 class Toy(keras.layers.Layer):
@@ -35,7 +35,7 @@ def _registered():
 
 
 @pytest.mark.usefixtures("_registered")
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@each_mode
 def test_a_registered_layer_is_conditioned_on_its_rows(compiled):
     layer = Toy()
     layer.build((5, 8))

@@ -7,14 +7,12 @@ import numpy as np
 import oracle
 import pytest
 from cases import patches as numpy_patches
-from harness import BACKEND, conditioning, jit, paper_isaac, run, to_numpy
+from harness import BACKEND, IS_COMPILED, conditioning, each_mode, jit, paper_isaac, run, to_numpy
 from keras import layers, ops
 from oracle import relative_error
 
 from keras_isaac import capture_inputs
 from keras_isaac.curvature.rows import patches, sampled_rows
-
-each_mode = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 
 
 def layer_and_data(layer, *shape, seed=0):
@@ -24,7 +22,7 @@ def layer_and_data(layer, *shape, seed=0):
     return layer, inputs, random.normal(size=layer.compute_output_shape(shape)).astype("float32")
 
 
-def plain_and_conditioned(layer, inputs, cotangent, compiled=False, **options):
+def plain_and_conditioned(layer, inputs, cotangent, compiled=IS_COMPILED, **options):
     plain = run(layer, inputs, cotangent, compiled=compiled).gradients[0]
     conditioned = run(capture_inputs(layer), inputs, cotangent, paper_isaac(damping=0.3, **options), compiled).gradients[0]
     return plain, conditioned
