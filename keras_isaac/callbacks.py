@@ -1,8 +1,14 @@
 """What training shows of the curvature: the `CurvatureMonitor` callback."""
 
+import io
+from typing import TYPE_CHECKING
+
 import keras
 
 from keras_isaac.measurement import measurement
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _QUANTITIES = {
     "effective_rank": "effective rank of the inputs",
@@ -10,12 +16,13 @@ _QUANTITIES = {
     "norm_ratio": "conditioned / plain gradient",
     "cosine": "cosine between the two",
 }
+_NUMBERS = (*_QUANTITIES, "fallbacks")
 
 
 class CurvatureMonitor(keras.callbacks.Callback):
     """Callback that measures, on a batch held aside, what conditioning does to every conditioned kernel.
 
-    With X the input rows of a layer, of which the conditioner takes r, and M = XᵀX/r, four numbers a kernel:
+    With X the input rows of a layer, of which the conditioner takes r, and M = XᵀX/r, five numbers a kernel:
 
     - `effective_rank`: tr(M)²/tr(M²), how many directions the inputs fill, from 1 to the number of features. It is R₀ of
       [Bartlett et al., 2020](https://arxiv.org/abs/1906.11300).
@@ -23,14 +30,17 @@ class CurvatureMonitor(keras.callbacks.Callback):
       The gradient along that direction is divided by 1 plus this number: far below 1, conditioning does nothing.
     - `norm_ratio`: the norm of the conditioned gradient over that of the plain one.
     - `cosine`: the cosine of the angle between them.
+    - `fallbacks`: how many of the kernel's inverses failed in float32 and gave way to a bound, which shortens the plain
+      gradient. Anything but 0 is a sign of inputs that overflow.
 
     Of several groups or calls of a layer it is the mean rank and the largest eigenvalue. With an `output_damping`, both
     gradients are those that are conditioned on the outputs. The numbers are of the loss without what regularizers add.
 
-    They stand in the `logs` of every epoch, the last ones measured, by the name of the kernel: `"dense/kernel/cosine"`.
-    `History` has them there; put other callbacks that read logs, such as `CSVLogger` and `TensorBoard`, behind this one in the
-    list. All measurements are in the attribute `history`: `"step"` and the same keys, a list each. Training is not altered:
-    weights, statistics, seeds, metrics and the optimizer's state are those of a run without it.
+    They stand in the `logs` of every epoch, the last ones measured, by the path of the kernel without the model's name and
+    without `kernel`: `"dense/cosine"`. `History` has them there; put other callbacks that read logs, such as `CSVLogger` and
+    `TensorBoard`, behind this one in the list. All measurements are in the attribute `history`: `"step"` and the same keys, a
+    list each. Training is not altered: weights, statistics, seeds, metrics and the optimizer's state are those of a run
+    without it.
 
     A measurement takes about two training steps on `data`, which may be smaller than a batch of training.
 
@@ -56,7 +66,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
     [0, 2]
     """
 
-    def __init__(self, data, every_steps=100):
+    def __init__(self, data: tuple, every_steps: int = 100) -> None:
         super().__init__()
         if not isinstance(data, tuple) or len(data) not in (2, 3):
             raise TypeError(
@@ -67,7 +77,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             raise ValueError(f"`every_steps` must be an integer above 0. Received: every_steps={every_steps!r}")
         self.data = data
         self.every_steps = every_steps
-        self.history = {}
+        self.history: dict[str, list] = {}
 
     def on_train_begin(self, logs=None):
         """Starts a new history."""
@@ -94,16 +104,20 @@ class CurvatureMonitor(keras.callbacks.Callback):
             self.model.jax_state_sync()
         steps.append(step)
         for path, values in self._measure().items():
-            for quantity, value in zip(_QUANTITIES, values, strict=True):
-                self.history.setdefault(f"{path}/{quantity}", []).append(float(value))
+            for quantity, value in zip(_NUMBERS, values, strict=True):
+                self.history.setdefault(f"{self._short(path)}/{quantity}", []).append(float(value))
+
+    def _short(self, path):
+        # Progress bars show all of it.
+        return path.removeprefix(f"{self.model.name}/").removesuffix("/kernel")
 
     def on_epoch_end(self, epoch, logs=None):
         """Adds the last measurement to the logs."""
         if logs is not None:
             logs.update({key: values[-1] for key, values in self.history.items() if key != "step"})
 
-    def plot(self):
-        """Draws the four quantities by step, a line a kernel.
+    def plot(self) -> "Figure":
+        """Draws the quantities by step, a line a kernel; fallbacks, where there were any, are in the title.
 
         Returns:
             The Matplotlib figure.
@@ -113,13 +127,21 @@ class CurvatureMonitor(keras.callbacks.Callback):
             ValueError: if nothing has been measured.
         """
         try:
-            from matplotlib.figure import Figure
+            from matplotlib.figure import Figure as Base
         except ImportError as error:
             raise ImportError(
                 "`plot` draws with Matplotlib, which is not installed. Write `pip install matplotlib`."
             ) from error
         if not self.history.get("step"):
             raise ValueError("There is nothing to plot before a `fit`: write `model.fit(..., callbacks=[monitor])` first.")
+
+        class Figure(Base):
+            def _repr_png_(self):
+                # A notebook shows it, whether pyplot is set up there or not.
+                picture = io.BytesIO()
+                self.savefig(picture, format="png")
+                return picture.getvalue()
+
         figure = Figure(figsize=(10, 6), constrained_layout=True)
         for axis, (quantity, label) in zip(figure.subplots(2, 2).flat, _QUANTITIES.items(), strict=True):
             for key, values in self.history.items():
@@ -129,4 +151,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             axis.set(title=label, xlabel="step", yscale="linear" if quantity == "cosine" else "log")
             axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
+        fallbacks = sum(sum(values) for key, values in self.history.items() if key.endswith("/fallbacks"))
+        if fallbacks:
+            figure.suptitle(f"{fallbacks:,.0f} inverses failed and gave way to a bound")
         return figure

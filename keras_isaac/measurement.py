@@ -1,4 +1,4 @@
-"""What a `CurvatureMonitor` measures: four numbers of every conditioned kernel, on one batch and without a training step."""
+"""What a `CurvatureMonitor` measures: the numbers of every conditioned kernel, on one batch and without a training step."""
 
 import contextlib
 import dataclasses
@@ -9,8 +9,8 @@ from keras import ops
 
 from keras_isaac import backend, scope
 from keras_isaac.backend import matmul, trace
-from keras_isaac.capture import prepare
-from keras_isaac.curvature.conditioner import in_full_precision
+from keras_isaac.curvature import plan
+from keras_isaac.curvature.conditioner import in_full_precision, summed_damping
 from keras_isaac.optimizer import isaacs_in
 from keras_isaac.summary import run_on_shapes
 
@@ -18,7 +18,7 @@ _TINY = 1e-37
 
 
 def measurement(model, data):
-    """Returns a function that measures, and returns the four numbers of every conditioned kernel by its path."""
+    """Returns a function that measures, and returns the the numbers of every conditioned kernel by its path."""
     optimizers = isaacs_in(model.optimizer)
     if not optimizers:
         raise ValueError(
@@ -39,7 +39,7 @@ def measurement(model, data):
 
         def record(conditioning, kernel, call):
             calls.append(kernel)
-            told.append(_spectrum(conditioning, call))
+            told.append(spectrum(conditioning, call))
 
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with contextlib.ExitStack() as stack:
@@ -83,37 +83,44 @@ def measurement(model, data):
     return lambda: dict(zip(paths, ops.convert_to_numpy(run(data)), strict=True))
 
 
+def prepare(model, data):
+    """Builds the model on `data`, where Keras leaves that to its first training step."""
+    if not model.built and type(model).call is not keras.Model.call:
+        # A model that has no `call` is one of built models, and of a `train_step` of its own.
+        model(keras.utils.unpack_x_y_sample_weight(data)[0])
+
+
 def _spec(tensor):
     return keras.KerasTensor(tensor.shape, keras.backend.standardize_dtype(tensor.dtype))
 
 
-def _spectrum(conditioning, call):
-    """Returns the effective rank of M = XᵀX/r, and its largest eigenvalue over the damping in force, as float32."""
+def spectrum(conditioning, call):
+    """Returns M's effective rank, its largest eigenvalue over the damping in force, and how many inverses fail, as float32."""
     if call.frequency is not None:
         # One-hot rows: M is diagonal.
         frequency = call.frequency
-        return _ratio(ops.square(ops.sum(frequency)), ops.sum(ops.square(frequency))), _ratio(ops.max(frequency), call.damping)
+        rank = _ratio(ops.square(ops.sum(frequency)), ops.sum(ops.square(frequency)))
+        return rank, _ratio(ops.max(frequency), call.damping), ops.zeros((), "float32")
     (rows,) = in_full_precision(ops.stop_gradient(call.rows))
-    num_rows = ops.cast(call.num_rows if call.num_counted is None else ops.maximum(call.num_counted, 1), rows.dtype)
-    transposed = ops.swapaxes(rows, -2, -1)
-    # The smaller of the two that have these eigenvalues.
-    gram = (matmul(rows, transposed) if call.num_rows < call.num_in else matmul(transposed, rows)) / num_rows
-    sum_of_all, squares = trace(gram), ops.sum(gram * gram, axis=(-2, -1), keepdims=True)
+    form, transposed = plan.choose(call), ops.swapaxes(rows, -2, -1)
+    # A sum over rows, as the conditioner has it.
+    gram = matmul(transposed, rows) if form == plan.FEATURE else matmul(rows, transposed)
+    total, squares = trace(gram), ops.sum(gram * gram, axis=(-2, -1), keepdims=True)
     damping = ops.cast(conditioning.damping, rows.dtype)
-    if conditioning.relative_damping:
-        damping = damping * sum_of_all / ops.minimum(num_rows, call.num_in)
-    return ops.mean(_ratio(sum_of_all * sum_of_all, squares)), ops.max(_ratio(_largest_eigenvalue(gram), damping))
+    damping = summed_damping(total, damping, rows, call.num_counted, conditioning.relative_damping)
+    fallbacks = backend.is_indefinite(gram, total, damping, is_root=form == plan.WOODBURY)
+    rank, eigenvalue = _ratio(total * total, squares), _ratio(_largest_eigenvalue(gram), damping)
+    return ops.mean(rank), ops.max(eigenvalue), ops.sum(ops.cast(fallbacks, "float32"))
 
 
 def _largest_eigenvalue(gram):
-    """Returns the largest eigenvalue of `[..., k, k]`: the mean of all, weighted by their 32nd powers, in few operations."""
+    """Returns the largest eigenvalue of `[..., k, k]`: the mean of all, weighted by their 512th powers, in few operations."""
     power = gram / _length(gram)
-    power = power @ power
-    power = power @ power
-    # No less than 1/k² is left of the largest so far, and no less than 1/k⁴ in the end.
-    power = power / _length(power)
     for _ in range(3):
-        power = power @ power
+        # The largest is no less than 1/√k of the length, and 1/k⁴ of it is left.
+        for _ in range(3):
+            power = matmul(power, power)
+        power = power / _length(power)
     return ops.sum(power * gram, axis=(-2, -1), keepdims=True) / ops.maximum(trace(power), _TINY)
 
 
@@ -126,10 +133,10 @@ def _ratio(numerator, denominator):
 
 
 def _numbers(told, conditioned, plain):
-    """Returns the four numbers of a kernel, given what its calls told and its gradients, as a tensor."""
-    rank = sum(rank for rank, _ in told) / len(told)
-    eigenvalue = functools.reduce(ops.maximum, (eigenvalue for _, eigenvalue in told))
+    """Returns the numbers of a kernel, given what its calls told and its gradients, as a tensor."""
+    ranks, eigenvalues, fallbacks = zip(*told, strict=True)
+    rank, eigenvalue = sum(ranks) / len(ranks), functools.reduce(ops.maximum, eigenvalues)
     conditioned, plain = (ops.reshape(ops.cast(each, "float32"), (-1,)) for each in (conditioned, plain))
     lengths = [ops.sqrt(ops.sum(each * each)) for each in (conditioned, plain)]
     cosine = _ratio(ops.sum(conditioned * plain), lengths[0] * lengths[1])
-    return ops.stack([rank, eigenvalue, _ratio(*lengths), cosine])
+    return ops.stack([rank, eigenvalue, _ratio(*lengths), cosine, sum(fallbacks)])

@@ -7,12 +7,13 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import BACKEND, paper_isaac, to_numpy
+from harness import BACKEND, conditioning, paper_isaac, to_numpy
 from keras import layers
 from models import fit, mlp, regression, sequences, with_random_weights
 
-from keras_isaac import capture_inputs
+from keras_isaac import capture_inputs, measurement
 from keras_isaac.callbacks import CurvatureMonitor
+from keras_isaac.curvature.record import KernelCall
 
 # PyTorch executes one step at a time.
 STEPS = 1 if BACKEND == "torch" else 2
@@ -33,7 +34,8 @@ def expected_numbers(rows, gradient, damping):
 
 
 def numbers(monitor, path, step=-1):
-    return [monitor.history[f"{path}/{quantity}"][step] for quantity in QUANTITIES]
+    short = path.removesuffix("/kernel").split("sequential/")[-1]
+    return [monitor.history[f"{short}/{quantity}"][step] for quantity in QUANTITIES]
 
 
 def monitored(model, data, batch, epochs=1, **kwargs):
@@ -91,11 +93,37 @@ def test_tables_groups_and_shared_layers(relative):
     dampings = [0.2 * each.mean() if relative else 0.2 for each in spectra]
     largest = max(each.max() / damping for each, damping in zip(spectra, dampings, strict=True))
     np.testing.assert_allclose(eigenvalue, largest, rtol=2e-3)
-    assert len(monitor.history) == 1 + 4 * 4
+    assert len(monitor.history) == 1 + 4 * 5
     for path in ("table/embeddings", "depthwise/kernel", "shared/kernel"):
         _, _, norm_ratio, cosine = numbers(monitor, path, 0)
         assert 0 < norm_ratio < 1
         assert norm_ratio < cosine < 1
+
+
+@pytest.mark.parametrize("size", [3, 40, 200])
+def test_the_largest_eigenvalue_of_a_flat_spectrum(size):
+    """Where most eigenvalues are near the largest."""
+    spectrum = np.linspace(1.0, 0.9, size)
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))
+    rows = rotation * np.sqrt(size * spectrum)[:, None]
+    call = KernelCall((size, 2), rows=keras.ops.convert_to_tensor(rows.astype("float32")), num_represented=size)
+    _, eigenvalue, _ = measurement.spectrum(conditioning(keras.ops.convert_to_tensor(np.float32(0.1))), call)
+    assert float(to_numpy(eigenvalue)) == pytest.approx(10, rel=1e-2)
+
+
+@pytest.mark.parametrize(("num", "max_rows"), [(4, None), (16, None), (16, 2)], ids=["sample", "feature", "Woodbury"])
+def test_counts_the_inverses_that_give_way(num, max_rows):
+    """Of rows that overflow, in two of three layers."""
+    model = keras.Sequential([keras.Input((3, 6)), layers.Dense(8, name="first"), layers.Dense(8, name="second")])
+    model.add(layers.Activation("tanh"))
+    model.add(layers.Dense(2, name="third"))
+    capture_inputs(model).compile(optimizer=paper_isaac(damping=0.1, max_rows=max_rows), loss="mse")
+    x, y = np.random.default_rng(0).normal(size=(num, 3, 6)).astype("float32"), np.zeros((num, 3, 2), "float32")
+    expected = {1.0: [0, 0, 0], 1e30: [1, 1, 0]}
+    for scale, counts in expected.items():
+        monitor = CurvatureMonitor((scale * x, y))
+        model.fit(x, y, batch_size=num, callbacks=[monitor], verbose=0)
+        assert [monitor.history[f"{name}/fallbacks"][0] for name in ("first", "second", "third")] == counts
 
 
 def test_a_huge_damping_is_the_plain_gradient():
@@ -150,7 +178,7 @@ def test_logs_have_the_same_keys_every_epoch(tmp_path):
     # Four steps an epoch, one or two at a time.
     assert monitor.history["step"] == [0, 4 + STEPS, *([10] if STEPS == 1 else [])]
     keys = [key for key in monitor.history if key != "step"]
-    assert len(keys) == 8
+    assert len(keys) == 10
     rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
     for key in keys:
         first, second, *rest = monitor.history[key]
@@ -175,7 +203,7 @@ def test_a_model_that_is_not_built(eagerly):
     model = capture_inputs(Own())
     model.compile(optimizer=paper_isaac(), loss="mse", run_eagerly=eagerly)
     monitor = monitored(model, regression(32), (*regression(8), np.ones(8, "float32")))
-    assert len(monitor.history) == 9
+    assert len(monitor.history) == 11
 
 
 def test_plot(monkeypatch):
@@ -188,7 +216,11 @@ def test_plot(monkeypatch):
     fit(model, regression(16), callbacks=[monitor])
     lines = [line for axis in monitor.plot().axes for line in axis.get_lines()]
     drawn = {(*line.get_xdata(), *line.get_ydata()) for line in lines}
-    assert drawn == {(0, values[0]) for key, values in monitor.history.items() if key != "step"}
+    assert drawn == {(0, values[0]) for key, values in monitor.history.items() if key.split("/")[-1] in QUANTITIES}
+    assert monitor.plot()._repr_png_().startswith(b"\x89PNG")
+    assert monitor.plot().get_suptitle() == ""
+    monitor.history["hidden/fallbacks"] = [2.0]
+    assert monitor.plot().get_suptitle() == "2 inverses failed and gave way to a bound"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"Matplotlib, which is not installed\. Write `pip install matplotlib`"):
         monitor.plot()

@@ -31,6 +31,7 @@ Derivatives:
 Measuring:
 
 - `gradients_of(function, tensors)`: what `function` returns beside a loss, and the loss's gradients.
+- `is_indefinite(matrix, total, damping, is_root)`: for each matrix, whether that bound takes the place of its inverse or root.
 - `compiled(measure, variables)`: `measure(data, values)` as a function of the data, the present values of the variables given.
 """
 
@@ -54,6 +55,7 @@ damped_inverse_root = _backend.damped_inverse_root
 damped_projection = _backend.damped_projection
 gate = _backend.gate
 gradients_of = _backend.gradients_of
+is_indefinite = _backend.is_indefinite
 matmul = _backend.matmul
 product = _backend.product
 relative_damping = _backend.relative_damping

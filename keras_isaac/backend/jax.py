@@ -79,6 +79,16 @@ def damped_inverse_root(matrix, total, damping, rows):
     return jnp.nan_to_num(whitened, nan=0.0, posinf=0.0, neginf=0.0)
 
 
+def is_indefinite(matrix, total, damping, is_root=False):
+    """Returns for each matrix `[..., k, k]` whether a bound takes the place of its inverse, as `[...]`."""
+    if is_root:
+        identity = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+        inverse = _whitened(laid_out(matrix), total, damping, identity)
+    else:
+        inverse = _unguarded_inverse(matrix, total, damping)
+    return ~jnp.all(jnp.isfinite(inverse), axis=(-2, -1))
+
+
 def _unguarded_inverse(matrix, total, damping):
     # Every device inverts by itself. Split over devices, an elimination would cross them for every pivot.
     return laid_out(_inverse(laid_out(matrix), total, damping)) if matrix.shape[-1] else matrix

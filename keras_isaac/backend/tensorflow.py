@@ -77,6 +77,13 @@ def damped_inverse_root(matrix, total, damping, rows):
     return _damped_inverse_root(matrix, total, tf.convert_to_tensor(damping, matrix.dtype), rows)
 
 
+def is_indefinite(matrix, total, damping, is_root=False):
+    """Returns for each matrix `[..., k, k]` whether a bound takes the place of its inverse, as `[...]`."""
+    floor = 4 if is_root else 1 / tf.cast(tf.shape(matrix)[-1], matrix.dtype)
+    damped, _ = _damped(matrix, total, tf.convert_to_tensor(damping, matrix.dtype), floor)
+    return ~tf.reduce_all(tf.math.is_finite(tf.linalg.cholesky(damped)), axis=(-2, -1))
+
+
 @_once_per_shape
 def _damped_inverse(matrix, total, damping):
     damped, identity = _damped(matrix, total, damping, 1 / tf.cast(tf.shape(matrix)[-1], matrix.dtype))

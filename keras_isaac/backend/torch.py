@@ -1,10 +1,13 @@
-"""PyTorch: derivatives under every transform, an inverse that neither raises nor waits for a device."""
+"""PyTorch: an inverse that neither raises nor waits for a device."""
 
 import functools
 
 import torch
 
 from keras_isaac.backend.precision import parts_of, product_of_parts
+from keras_isaac.backend.torch_derivatives import gate, product, with_gradients
+
+__all__ = ["gate", "product", "with_gradients"]
 
 _TINY = 1e-37  # Stands in for a damping and a matrix that are both zero in float32.
 # Of so many rows, an inverse costs far more than a look whether it is the last one, and is not too large to keep.
@@ -124,6 +127,14 @@ def damped_inverse_root(matrix, total, damping, rows):
     return whitened.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
+def is_indefinite(matrix, total, damping, is_root=False):
+    """Returns for each matrix `[..., k, k]` whether a bound takes the place of its inverse, as `[...]`."""
+    if matrix.shape[-1] == 0:
+        return torch.zeros(matrix.shape[:-2], dtype=torch.bool, device=matrix.device)
+    _, failed_at = torch.linalg.cholesky_ex(_damped(matrix, total, damping, 4 if is_root else 1 / matrix.shape[-1])[0])
+    return failed_at > 0
+
+
 def _damped_in_numbers(matrix, total, damping, floor):
     damped = matrix.clone()
     damped.diagonal().add_(max(float(damping), torch.finfo(matrix.dtype).eps * floor * total + _TINY))
@@ -150,171 +161,26 @@ def _inverse_in_numbers(matrix, total, damping):
 
 
 def _from_factor(matrix, total, damping, floor, inverse_of, power):
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    damped, identity = _damped(matrix, total, damping, floor)
     bound = damping + total
-    in_force = _at_least(total * (floor * torch.finfo(matrix.dtype).eps) + _TINY, damping)
     # The `_ex` form neither raises nor waits for the device.
-    factor, failed_at = torch.linalg.cholesky_ex(matrix + in_force * identity)
+    factor, failed_at = torch.linalg.cholesky_ex(damped)
     failed = (failed_at > 0)[..., None, None]
     inverse = inverse_of(torch.where(failed, identity, factor))
     return torch.where(failed, inverse / bound**power, inverse)
+
+
+def _damped(matrix, total, damping, floor):
+    """Returns λI + M for a λ of at least `floor` times the trace's epsilon, and I."""
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    in_force = _at_least(total * (floor * torch.finfo(matrix.dtype).eps) + _TINY, damping)
+    return matrix + in_force * identity, identity
 
 
 def _at_least(a, b):
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return a.clamp(min=b) if isinstance(a, torch.Tensor) else b.clamp(min=a)
     return max(a, b)
-
-
-# `torch.autograd.Function` binds the signature of `forward` in every call, if it is to work under the transforms of
-# `torch.func`. That takes as long as the rest of it, so that the ordinary call goes another way.
-
-
-def _with_fast_path(function):
-    class FastPath(function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            outputs = function.forward(*inputs)
-            function.setup_context(ctx, inputs, outputs)
-            return outputs
-
-        setup_context = torch.autograd.Function.setup_context
-
-    def apply(*inputs):
-        try:
-            return FastPath.apply(*inputs)
-        except RuntimeError:
-            # `torch.func` wants the context set up apart. What else went wrong does so again.
-            return function.apply(*inputs)
-
-    return apply
-
-
-def _save(ctx, *tensors):
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-
-
-def _sum_of(*tangents):
-    tangents = [tangent for tangent in tangents if tangent is not None]
-    return functools.reduce(torch.add, tangents) if tangents else None
-
-
-def _mapped(tensor, axis, size):
-    """Returns a tensor with the axis that `torch.func.vmap` maps in front."""
-    if tensor is None or (axis is None and tensor.ndim == 0):
-        return tensor
-    tensor = tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
-    return tensor[:, None, None] if tensor.ndim == 1 else tensor
-
-
-@_with_fast_path
-class _gate(torch.autograd.Function):  # noqa: N801 (a function to whoever calls it)
-    @staticmethod
-    def forward(condition, kernel, twin, *residuals):
-        return kernel.view_as(kernel)
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        ctx.condition, _, _, *residuals = inputs
-        _save(ctx, *residuals)
-
-    @staticmethod
-    def backward(ctx, output_gradient):
-        # Read once: recomputation does not give them a second time.
-        residuals = ctx.saved_tensors
-        conditioned = ctx.condition(output_gradient, *residuals) if ctx.needs_input_grad[1] else None
-        twin_gradient = output_gradient if ctx.needs_input_grad[2] else None
-        return None, conditioned, twin_gradient, *(None for _ in residuals)
-
-    @staticmethod
-    def jvp(ctx, _, kernel_tangent, twin_tangent, *__):
-        if kernel_tangent is not None:
-            kernel_tangent = ctx.condition(kernel_tangent, *ctx.saved_tensors)
-        return _sum_of(kernel_tangent, twin_tangent)
-
-    @staticmethod
-    def vmap(info, axes, condition, *tensors):
-        # The kernel is mapped where only the rows are: each has a gradient of its own to condition.
-        tensors = (_mapped(tensor, axis, info.batch_size) for tensor, axis in zip(tensors, axes[1:], strict=True))
-        return _gate(condition, *tensors), 0
-
-
-def gate(kernel, twin, residuals, condition):
-    """Returns `kernel`, whose tangent and gradient pass a symmetric linear map."""
-    return _gate(condition, kernel, twin, *residuals)
-
-
-@_with_fast_path
-class _product(torch.autograd.Function):  # noqa: N801
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(functions, rows, kernel, twin, *residuals):
-        return rows @ kernel
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        ctx.functions, *tensors = inputs
-        _save(ctx, *tensors)
-
-    @staticmethod
-    def backward(ctx, output_gradient):
-        rows, kernel, twin, *residuals = ctx.saved_tensors
-        rows_gradient = kernel_gradient = twin_gradient = None
-        if ctx.needs_input_grad[1]:
-            if torch.is_grad_enabled():
-                # What reaches the kernel through the derivative of the inputs is conditioned too.
-                kernel = ctx.functions.gate(kernel, twin, rows, *residuals)
-            rows_gradient = output_gradient @ kernel.mT
-        if ctx.needs_input_grad[2]:
-            kernel_gradient = ctx.functions.condition(rows, output_gradient, *residuals)
-        if ctx.needs_input_grad[3]:
-            twin_gradient = rows.mT @ output_gradient
-        return None, rows_gradient, kernel_gradient, twin_gradient, *(None for _ in residuals)
-
-    @staticmethod
-    def jvp(ctx, _, rows_tangent, kernel_tangent, twin_tangent, *__):
-        rows, kernel, twin, *residuals = ctx.saved_tensors
-        parts = []
-        if rows_tangent is not None:
-            parts.append(rows_tangent @ ctx.functions.gate(kernel, twin, rows, *residuals))
-        if kernel_tangent is not None:
-            parts.append(ctx.functions.tangent(rows, kernel_tangent, *residuals).to(rows.dtype))
-        if twin_tangent is not None:
-            parts.append(rows @ twin_tangent)
-        return _sum_of(*parts)
-
-
-def product(rows, kernel, twin, residuals, functions):
-    """Returns `rows @ kernel`, whose kernel's tangent and gradient are conditioned."""
-    return _product(functions, rows, kernel, twin, *residuals)
-
-
-@_with_fast_path
-class _with_gradients(torch.autograd.Function):  # noqa: N801
-    # `keras.ops.custom_gradient` would compute the input gradient of the first layer, which nobody asks for, and turn an
-    # exception of the forward pass into a gradient of NaN.
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(function, gradients, *tensors):
-        return function(*tensors)
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        _, ctx.gradients, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx, *output_gradients):
-        output_gradients = output_gradients if len(output_gradients) > 1 else output_gradients[0]
-        return None, None, *ctx.gradients(output_gradients, *ctx.saved_tensors)
-
-
-def with_gradients(function, gradients, *tensors):
-    """Returns `function(*tensors)`, with `gradients(output_gradients, *tensors)` for its gradients."""
-    return _with_gradients(function, gradients, *tensors)
 
 
 def gradients_of(function, tensors):

@@ -78,7 +78,7 @@ def _sample_gram(rows, damping, is_relative):
     rows = stop_gradient(rows)
     gram = matmul(rows, transpose(rows))
     total = trace_of_gram(rows, gram)
-    return gram, total, _summed_damping(total, damping, rows, None, is_relative)
+    return gram, total, summed_damping(total, damping, rows, None, is_relative)
 
 
 def condition(gradient, rows, damping, num_rows=None, is_relative=False):
@@ -113,7 +113,7 @@ def _woodbury(gradient, rows, damping, num_rows, is_relative):
     # The root keeps the digits that the inverse loses where rows all but depend on each other: the inverse itself would leave
     # noise as long as the gradient. Where FFᵀ is not finite, the gradient stays as it is; one that is not finite does so too.
     total = trace_of_gram(rows, gram)
-    whitened = damped_inverse_root(gram, total, _summed_damping(total, damping, rows, num_rows, is_relative), rows)
+    whitened = damped_inverse_root(gram, total, summed_damping(total, damping, rows, num_rows, is_relative), rows)
     return gradient - matmul(transpose(whitened), matmul(whitened, gradient))
 
 
@@ -121,7 +121,7 @@ def _feature_side(gradient, rows, damping, num_rows, is_relative):
     """Returns sλ (sλI + FᵀF)⁻¹ ∇, for many rows."""
     gram = matmul(transpose(rows), rows)
     total = trace_of_gram(rows, gram)
-    damping = _summed_damping(total, damping, rows, num_rows, is_relative)
+    damping = summed_damping(total, damping, rows, num_rows, is_relative)
     return matmul(damping * damped_inverse(gram, total, damping), gradient)
 
 
@@ -148,7 +148,7 @@ def if_at_most(limit, rows, few, many):
     return ops.cond(ops.shape(rows)[-2] <= limit, few, many)
 
 
-def _summed_damping(total, damping, rows, num_rows, is_relative):
+def summed_damping(total, damping, rows, num_rows, is_relative):
     """Returns the damping that stands beside a Gram matrix of the trace `total`, a sum over rows: λr, or δ tr(M)/rank."""
     if num_rows is None:
         num_rows = ops.cast(ops.shape(rows)[-2], rows.dtype) if rows.shape[-2] is None else rows.shape[-2]

@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_isaac import backend
+from keras_isaac.scope import Conditioning
 
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -30,7 +31,7 @@ class Rows(NamedTuple):
     num_represented: int | None = None
 
 
-def sampled_rows(inputs, conditioning, mask=None, num_groups=0, summed=False):
+def sampled_rows(inputs: Any, conditioning: Conditioning, mask: Any = None, num_groups: int = 0, summed: bool = False) -> Rows:
     """Returns the `Rows` that stand for `inputs`.
 
     Args:
