@@ -3,7 +3,7 @@
 try:
     import keras  # noqa: F401
 except ModuleNotFoundError as error:
-    missing = error.name.partition(".")[0]
+    missing = str(error.name).partition(".")[0]
     if missing not in ("tensorflow", "jax", "torch"):
         raise
     raise ModuleNotFoundError(
@@ -16,7 +16,8 @@ from keras_isaac import callbacks
 from keras_isaac.capture import capture_inputs, release_inputs
 from keras_isaac.layers import register_adapter, register_layer
 from keras_isaac.optimizer import ISAAC
-from keras_isaac.summary import kernel_status, summary
+from keras_isaac.status import kernel_status
+from keras_isaac.summary import summary
 
 __all__ = [
     "ISAAC",

@@ -18,6 +18,8 @@ Each line states one assumption about Keras, and names the test of `tests/test_h
 import functools
 import gc
 import types
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 from keras import ops
@@ -198,7 +200,7 @@ def _rematerialized_call(layer, layer_call, *args, **kwargs):
     return type(layer).rematerialized_call(layer, call, *args, **kwargs)
 
 
-def call_with(layer, values, *args, **kwargs):
+def call_with(layer: keras.Layer, values: Iterable[tuple[keras.Variable, Any]], *args: Any, **kwargs: Any) -> Any:
     """Returns the layer's own `call`, with tensors in the place of some of its variables.
 
     Args:
@@ -259,11 +261,11 @@ class _MaskGiver(keras.layers.Layer):
 # has it. Such a layer is not to be computed again, lest the mask stay in there.
 
 
-def mask_of(inputs):
+def mask_of(inputs: Any) -> Any:
     """Returns the mask that Keras carries with a tensor, or `None`."""
     if _BACKEND != "jax":
         return getattr(inputs, "_keras_mask", None)
-    masks = []
+    masks: list = []
     with keras.RematScope(mode=None):
         _MaskReader(masks.append)(inputs)
     return masks[0]

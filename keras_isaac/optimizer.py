@@ -1,6 +1,8 @@
 """The `ISAAC` optimizer: the damping, the inner optimizer, and the check that the two halves of the pair have met."""
 
 import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import keras
 from keras import ops
@@ -18,7 +20,7 @@ from keras_isaac.arguments import (
 from keras_isaac.keras_hooks import sees_step
 
 # Functions of an `ISAAC`, called when it is made and when it is built: `capture.py` looks for its model then.
-listeners = []
+listeners: list[Callable[[Any], None]] = []
 
 
 @keras.saving.register_keras_serializable(package="keras_isaac")
@@ -87,19 +89,19 @@ class ISAAC(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate=None,
-        damping=1.0,
-        inner_optimizer="adamw",
-        name=None,
+        learning_rate: float | LearningRateSchedule | Callable[[], Any] | None = None,
+        damping: float | LearningRateSchedule = 1.0,
+        inner_optimizer: str | keras.optimizers.Optimizer | type[keras.optimizers.Optimizer] = "adamw",
+        name: str | None = None,
         *,
-        relative_damping=True,
-        preserve_norm=False,
-        output_damping=None,
-        weight_sharing="expand",
-        max_rows=1024,
-        per_replica=False,
-        **kwargs,
-    ):
+        relative_damping: bool = True,
+        preserve_norm: bool = False,
+        output_damping: float | None = None,
+        weight_sharing: Literal["expand", "reduce"] = "expand",
+        max_rows: int | None = 1024,
+        per_replica: bool = False,
+        **kwargs: Any,
+    ) -> None:
         check_damping(damping)
         if output_damping is not None:
             check_number("output_damping", output_damping, "a finite number above 0 or `None`")
@@ -144,14 +146,14 @@ class ISAAC(keras.optimizers.Optimizer):
             listener(self)
 
     @property
-    def damping(self):
+    def damping(self) -> Any:
         """The damping λ: a variable, or the schedule's value at the present iteration."""
         if isinstance(self._damping, LearningRateSchedule):
             return self._damping(self.iterations)
         return self._damping
 
     @damping.setter
-    def damping(self, damping):
+    def damping(self, damping: float) -> None:
         check_damping(damping)
         if isinstance(self._damping, LearningRateSchedule) or isinstance(damping, LearningRateSchedule):
             raise TypeError(
@@ -162,7 +164,7 @@ class ISAAC(keras.optimizers.Optimizer):
         self._damping.assign(damping)
 
     @contextlib.contextmanager
-    def conditioning(self, optimizer_variables=None):
+    def conditioning(self, optimizer_variables: Sequence[Any] | None = None) -> Iterator[None]:
         """Conditions the gradients of captured layers inside the `with` block, for a training loop of your own.
 
         `fit` and `train_on_batch` of a captured model do this by themselves. The forward pass belongs inside the block.

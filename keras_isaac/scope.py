@@ -99,7 +99,7 @@ def conditioning_of(kernel):
 
 
 # Whether a captured layer was called outside of any scope. Set and cleared, not counted: `torch.compile` guards its value.
-_plain_calls = set()
+_plain_calls: set[str] = set()
 
 
 def note_plain_call():

@@ -1,9 +1,9 @@
-"""What is conditioned in a model, why the rest is not, and what it costs."""
+"""`summary`: what is conditioned in a model, on which side, and what it costs, as a table."""
 
 import contextlib
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any
 
 import keras
 import rich.box
@@ -12,123 +12,22 @@ import rich.markup
 import rich.table
 
 from keras_isaac import scope
-from keras_isaac.capture import captured_throughout, is_captured, walk
+from keras_isaac.captured_layer import captured_throughout
 from keras_isaac.curvature import plan
-from keras_isaac.layers import adapter_of, kernels_of
 from keras_isaac.optimizer import ISAAC, isaacs_in
+from keras_isaac.status import KernelStatus, statuses_of
 
 
-class KernelStatus(NamedTuple):
-    """One kernel of a model. What only `summary` knows is `None` without it, and for kernels that it cannot read.
+class _Printed(list):
+    """What a notebook is not to print again."""
 
-    Args:
-        path: string, the variable's path.
-        layer: string, the kind of its layer.
-        reason: string, why it trains with its plain gradient, or `None` if it is conditioned under `ISAAC`.
-        num_params: integer, its size.
-        trainable: boolean, whether it trains.
-        calls: integer, how often its layer is called in a step.
-        groups: integer, how many independent kernels it is made of.
-        rows: integer, how many rows meet each of them in a call.
-        num_in: integer, the features of a row.
-        num_out: integer, the features of its product.
-        side: string, the form in which it is conditioned: `"sample"`, by an inverse `[rows, rows]`; `"Woodbury"`, by one of
-            `[num_sampled, num_sampled]`; `"feature"`, by one of `[num_in, num_in]`; `"diagonal"`, by a number for each token.
-        num_sampled: integer, how many rows stand for all of a call's.
-        multiplications: integer, those of a plain training step: forward and, if it trains, two backward products.
-        added: integer, the multiplications that conditioning adds.
-        note: string, which part of a conditioned kernel is plain all the same, or `None`.
-    """
-
-    path: str
-    layer: str
-    reason: str | None
-    num_params: int
-    trainable: bool
-    calls: int | None = None
-    groups: int | None = None
-    rows: int | None = None
-    num_in: int | None = None
-    num_out: int | None = None
-    side: str | None = None
-    num_sampled: int | None = None
-    multiplications: int | None = None
-    added: int | None = None
-    note: str | None = None
+    def _ipython_display_(self):
+        pass
 
 
-def kernel_status(model):
-    """Lists the kernels of a built model, and says of each whether it is conditioned or why it is plain.
-
-    Kernels are the variables of two axes and more, with those that a conditioned layer names; biases and scales always have
-    their plain gradient. `summary` shows what the kernels meet in a step, too.
-
-    Args:
-        model: `keras.Model` or `keras.Layer`, built.
-
-    Returns:
-        List of `KernelStatus(path, layer, reason, ...)`, in the order of the layers.
-
-    Example:
-    >>> import keras
-    >>> from keras_isaac import capture_inputs, kernel_status
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1, trainable=False)])
-    >>> [status.reason for status in kernel_status(capture_inputs(model))]
-    [None, 'frozen']
-    """
-    return list(_statuses(model).values())
-
-
-def _statuses(model):
-    """Returns the status of every kernel by the variable's id, in the order of the weights."""
-    optimizer = getattr(model, "optimizer", None)
-    # A LossScaleOptimizer may stand around a MultiOptimizer. One optimizer alone trains all that is trainable.
-    has_several = hasattr(getattr(optimizer, "inner_optimizer", optimizer), "optimizers")
-    training = [isaac.conditioning_of_step().trains for isaac in isaacs_in(optimizer) if has_several]
-    statuses, readers = {}, {}
-    for layer, _ in walk(model):
-        # The layer around a cell reads the cell's kernels. A layer comes after those that contain it.
-        if adapter_of(layer) and layer.built:
-            readers.update({id(kernel): layer for kernel in kernels_of(layer)})
-    for layer, _ in walk(model):
-        inner = {id(variable) for below, _ in walk(layer) if below is not layer for variable in below.variables}
-        for variable in layer.variables:
-            is_own, is_read = readers.get(id(variable)) is layer, id(variable) in readers
-            # An attention layer's biases have two axes.
-            is_kernel = is_read or (len(variable.shape) >= 2 and variable.name != "bias")
-            if is_own or (id(variable) not in inner and is_kernel):
-                reader = layer if adapter_of(layer) else readers.get(id(variable), layer)
-                adapter = adapter_of(reader)
-                reason = _reason(reader, adapter, variable, is_read, training)
-                note = adapter.notes(reader).get(id(variable)) if reason is None and hasattr(adapter, "notes") else None
-                size = math.prod(variable.shape)
-                status = KernelStatus(variable.path, type(reader).__name__, reason, size, variable.trainable, note=note)
-                # Of the layers that share a kernel, one that is conditioned tells.
-                if reason is None or id(variable) not in statuses:
-                    statuses[id(variable)] = status
-    order = {id(weight): place for place, weight in enumerate(model.weights)}
-    return dict(sorted(statuses.items(), key=lambda item: order.get(item[0], len(order))))
-
-
-def _reason(layer, adapter, variable, is_read, training):
-    if not variable.trainable:
-        return "frozen"
-    if adapter is None:
-        return f"no conditioned form of {type(layer).__name__}"
-    if not is_read and getattr(layer, "quantization_mode", None) is not None:
-        return "quantized"
-    if not is_read and len(kernels_of(layer)) < len(adapter.kernels(layer)):
-        return "the layer computes its kernel from it"
-    if not is_read:
-        return "does not meet the layer's inputs in a product"
-    if not is_captured(layer):
-        return "not captured"
-    if training and not any(trains(variable) for trains in training):
-        return "trained by another optimizer"
-    return None
-
-
-def summary(model, batch_size=None, inputs=None):
+def summary(
+    model: keras.Model, batch_size: int | None = None, inputs: Any = None, show_frozen: bool = False
+) -> list[KernelStatus]:
     """Prints which kernels of a model are conditioned, on which side and at what cost, in a table like `model.summary()`.
 
     The cost is counted in multiplications, and given as a share of the kernel's own training step (its forward and its two
@@ -141,9 +40,11 @@ def summary(model, batch_size=None, inputs=None):
         batch_size: integer. Defaults to `None`: the model's own if it is fixed, else 32, as in `fit`.
         inputs: what the model is called on, an array or a nest of arrays. Needed where the model leaves more sizes open than
             the batch's, such as the length of a sequence. Defaults to `None`.
+        show_frozen: boolean, whether the table has a row for each kernel that does not train. Defaults to `False`: they are
+            counted in one line.
 
     Returns:
-        List of `KernelStatus`, the table as data.
+        List of `KernelStatus`, the table as data, with the frozen kernels.
 
     Raises:
         TypeError: if `model` is no `keras.Model`.
@@ -172,9 +73,9 @@ def summary(model, batch_size=None, inputs=None):
         raise TypeError(f"`summary` takes a `keras.Model`. Received: model={model!r} (of type {type(model).__name__})")
     specs = _input_specs(model, batch_size, inputs)
     calls = _kernel_calls(model, specs)
-    statuses = [_with_arithmetic(status, calls.get(kernel, [])) for kernel, status in _statuses(model).items()]
-    _print(model, statuses, keras.tree.flatten(specs)[0].shape[0])
-    return statuses
+    statuses = [_with_arithmetic(status, calls.get(kernel, [])) for kernel, status in statuses_of(model).items()]
+    _print(model, statuses, keras.tree.flatten(specs)[0].shape[0], show_frozen)
+    return _Printed(statuses)
 
 
 def _kernel_calls(model, specs):
@@ -276,7 +177,7 @@ def _with_arithmetic(status, calls):
     return status._replace(side=plan.choose(first), num_sampled=first.num_rows, added=added)
 
 
-def _print(model, statuses, batch_size):
+def _print(model, statuses, batch_size, show_frozen):
     total = sum(status.multiplications or 0 for status in statuses)
     table = rich.table.Table(
         box=rich.box.SIMPLE_HEAD,
@@ -284,12 +185,15 @@ def _print(model, statuses, batch_size):
         title_justify="left",
         title=f"Kernels of '{model.name}', batch size {batch_size}",
     )
-    table.add_column("Kernel (layer)", overflow="fold")
+    table.add_column("Kernel (layer)", no_wrap=True)
     table.add_column("Rows, in, out", justify="right")
     table.add_column("Side", max_width=19)
     table.add_column("Added", justify="right", no_wrap=True)
     table.add_column("of model", justify="right", no_wrap=True)
+    frozen = [status for status in statuses if status.reason == "frozen" and not show_frozen]
     for status in statuses:
+        if status in frozen:
+            continue
         kernel = f"{status.path}\n({status.layer})"
         shares = _share(status.added, status.multiplications), _share(status.added, total)
         table.add_row(*map(rich.markup.escape, (kernel, _size(status), _side(status), *shares)))
@@ -298,8 +202,16 @@ def _print(model, statuses, batch_size):
     params, all_params = (sum(status.num_params for status in part) for part in (conditioned, trainable))
     optimizer = getattr(model, "optimizer", None)
     console = rich.console.Console(highlight=False)
+    # A name is never broken, nor left out.
+    widest = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(table, options=widest).minimum)
     with console.capture() as printed:
         console.print(table)
+        if frozen:
+            console.print(
+                f"Not shown: {len(frozen)} frozen ({sum(status.num_params for status in frozen):,} parameters); "
+                "summary(..., show_frozen=True) shows all."
+            )
         if optimizer is not None and not isaacs_in(optimizer):
             console.print(f"The model is compiled with {type(optimizer).__name__}, which conditions nothing. Under ISAAC:")
         console.print(

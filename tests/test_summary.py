@@ -87,18 +87,42 @@ def test_multiplications():
 
 
 def test_the_table(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "90")
     model = capture_inputs(mlp(features=200, width=100), exclude=".*head")
     model.compile(optimizer="sgd")
     keras_isaac.summary(model, batch_size=60)
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 80
+    assert max(map(len, printed.splitlines())) <= 90
     text = " ".join(printed.split())
     # P takes 60² · 200 + 60³ + 60² · 100 multiplications, the layer 3 · 60 · 200 · 100, and the head 3 · 60 · 100 · 3.
     assert re.search(r"hidden/\S+ 60 x 200 x 100 sample \+36.0 % \+35.5 % ", text)
     assert re.search(r"head/\S+ 60 x 100 x 3 plain: not captured", text)
     assert "The model is compiled with SGD, which conditions nothing. Under ISAAC: 1 of 2 trainable kernels are" in text
     assert "(20,000 of 20,300 parameters, 98.5 %). Multiplications added to a step: +35.5 %." in text
+
+
+def test_frozen_kernels_are_shown_on_request_and_names_are_never_broken(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    model = keras.Sequential(
+        [keras.Input((6,)), layers.Dense(4, name="a_long_name_of_a_layer", trainable=False), layers.Dense(3, name="head")],
+        name="a_long_name_of_a_model",
+    )
+    assert [status.reason for status in keras_isaac.summary(capture_inputs(model))] == ["frozen", None]
+    printed = capsys.readouterr().out
+    assert "a_long_name_of_a_model/head/kernel" in printed
+    assert "a_long_name_of_a_layer" not in printed
+    assert "Not shown: 1 frozen (24 parameters)" in " ".join(printed.split())
+    keras_isaac.summary(model, show_frozen=True)
+    printed = capsys.readouterr().out
+    assert "a_long_name_of_a_model/a_long_name_of_a_layer/kernel" in printed
+    assert "Not shown" not in printed
+
+
+def test_a_notebook_prints_the_table_alone():
+    statuses = keras_isaac.summary(mlp())
+    # IPython shows what this shows, and prints an object without it.
+    assert statuses._ipython_display_() is None
+    assert isinstance(statuses, list)
 
 
 class Own(keras.Model):

@@ -6,6 +6,9 @@ where that kernel is to be left plain. It may have a third, `notes(layer)`: what
 the kernel's id.
 """
 
+from collections.abc import Callable
+from typing import Any, Protocol
+
 import keras
 
 from keras_isaac.curvature.rows import sampled_rows
@@ -47,10 +50,12 @@ _KINDS = {
 }
 # Looked up by the function that computes the layer: a subclass with a `call` of its own is another kind of layer. An older
 # Keras has not all of them.
-_ADAPTERS = {getattr(keras.layers, name).call: adapter for name, adapter in _KINDS.items() if hasattr(keras.layers, name)}
+_ADAPTERS: dict[Any, Any] = {
+    getattr(keras.layers, name).call: adapter for name, adapter in _KINDS.items() if hasattr(keras.layers, name)
+}
 
 
-def register_layer(layer_class, kernel, rows, groups=False):
+def register_layer(layer_class: type[keras.Layer], kernel: str, rows: Callable[[Any, Any], Any], groups: bool = False) -> None:
     """Says how a layer of your own reads, so that `capture_inputs` captures it.
 
     For a layer that multiplies its inputs by a kernel, once a position, and then does what it likes. Its own `call` keeps
@@ -96,7 +101,17 @@ def register_layer(layer_class, kernel, rows, groups=False):
     adapter.add(kernel, rows, groups)
 
 
-def register_adapter(layer_class, adapter):
+class Adapter(Protocol):
+    """What `register_adapter` takes: any object of these two functions."""
+
+    def kernels(self, layer: Any) -> list[keras.Variable]:
+        """Lists the variables of `layer` that are conditioned."""
+
+    def call(self, layer: Any, conditioning_of: Callable[[keras.Variable], Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the `call` of `layer` returns, its products conditioned."""
+
+
+def register_adapter(layer_class: type[keras.Layer], adapter: Adapter) -> None:
     """Says by an adapter how a layer of your own is conditioned, for what `register_layer` cannot say.
 
     Args:

@@ -12,6 +12,7 @@ from keras_isaac.curvature.conditioner import cast
 from keras_isaac.curvature.record import KernelCall
 from keras_isaac.curvature.rows import Rows, sampled_rows
 from keras_isaac.keras_hooks import call_with, mask_of, own_call, quantization  # noqa: F401 (adapters take them from here)
+from keras_isaac.scope import Conditioning
 
 
 def as_dense(inputs):
@@ -35,7 +36,7 @@ class Outputs(NamedTuple):
     num_groups: int = 0
 
 
-def conditioned(matrix, conditioning, rows, outputs=None):
+def conditioned(matrix: Any, conditioning: Conditioning, rows: Rows, outputs: Outputs | None = None) -> Any:
     """Returns the kernel `[(groups,) in, out]` with its gradient conditioned on rows, once it is finished.
 
     With `outputs`, it returns a carrier too, which the caller adds to the layer's product: `None` without an output damping.

@@ -37,8 +37,8 @@ class RegisteredAdapter:
 
     def _conditioned(self, layer, name, variable, rows, mask, groups, conditioning):
         value, num_groups = ops.convert_to_tensor(variable), int(groups)
-        *group_shape, num_in = (*rows.shape[:num_groups], rows.shape[-1])
-        if tuple(value.shape[:num_groups]) != tuple(group_shape) or math.prod(value.shape[num_groups:]) % num_in:
+        group_shape, num_in = tuple(rows.shape[:num_groups]), rows.shape[-1]
+        if tuple(value.shape[:num_groups]) != group_shape or math.prod(value.shape[num_groups:]) % num_in:
             axes = "after an axis of groups, the last axis of the rows" if groups else "the last axis of the rows"
             raise ValueError(
                 f"The rows registered for {self.name} layer '{layer.path}' do not fit its kernel: {axes} "

@@ -1,0 +1,135 @@
+"""`kernel_status`: which kernels of a model are conditioned, and why the others are plain."""
+
+import math
+from typing import NamedTuple
+
+import keras
+
+from keras_isaac.captured_layer import is_captured
+from keras_isaac.keras_hooks import quantization
+from keras_isaac.layers import adapter_of, kernels_of, supported_kinds
+from keras_isaac.optimizer import isaacs_in
+from keras_isaac.selection import walk
+
+
+class KernelStatus(NamedTuple):
+    """One kernel of a model. What only `summary` knows is `None` without it, and for kernels that it cannot read.
+
+    Args:
+        path: string, the variable's path.
+        layer: string, the kind of its layer.
+        reason: string, why it trains with its plain gradient, or `None` if it is conditioned under `ISAAC`.
+        num_params: integer, its size.
+        trainable: boolean, whether it trains.
+        calls: integer, how often its layer is called in a step.
+        groups: integer, how many independent kernels it is made of.
+        rows: integer, how many rows meet each of them in a call.
+        num_in: integer, the features of a row.
+        num_out: integer, the features of its product.
+        side: string, the form in which it is conditioned: `"sample"`, by an inverse `[rows, rows]`; `"Woodbury"`, by one of
+            `[num_sampled, num_sampled]`; `"feature"`, by one of `[num_in, num_in]`; `"diagonal"`, by a number for each token.
+        num_sampled: integer, how many rows stand for all of a call's.
+        multiplications: integer, those of a plain training step: forward and, if it trains, two backward products.
+        added: integer, the multiplications that conditioning adds.
+        note: string, which part of a conditioned kernel is plain all the same, or `None`.
+    """
+
+    path: str
+    layer: str
+    reason: str | None
+    num_params: int
+    trainable: bool
+    calls: int | None = None
+    groups: int | None = None
+    rows: int | None = None
+    num_in: int | None = None
+    num_out: int | None = None
+    side: str | None = None
+    num_sampled: int | None = None
+    multiplications: int | None = None
+    added: int | None = None
+    note: str | None = None
+
+
+def kernel_status(model: keras.Layer) -> list[KernelStatus]:
+    """Lists the kernels of a built model, and says of each whether it is conditioned or why it is plain.
+
+    Kernels are the variables of two axes and more, with those that a conditioned layer names; biases and scales always have
+    their plain gradient. `summary` shows what the kernels meet in a step, too.
+
+    Args:
+        model: `keras.Model` or `keras.Layer`, built.
+
+    Returns:
+        List of `KernelStatus(path, layer, reason, ...)`, in the order of the layers.
+
+    Example:
+    >>> import keras
+    >>> from keras_isaac import capture_inputs, kernel_status
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dense(1, trainable=False)])
+    >>> [status.reason for status in kernel_status(capture_inputs(model))]
+    [None, 'frozen']
+    """
+    return list(statuses_of(model).values())
+
+
+def statuses_of(model):
+    """Returns the status of every kernel by the variable's id, in the order of the weights."""
+    optimizer = getattr(model, "optimizer", None)
+    # A LossScaleOptimizer may stand around a MultiOptimizer. One optimizer alone trains all that is trainable.
+    has_several = hasattr(getattr(optimizer, "inner_optimizer", optimizer), "optimizers")
+    training = [isaac.conditioning_of_step().trains for isaac in isaacs_in(optimizer) if has_several]
+    statuses, readers = {}, {}
+    for layer, _ in walk(model):
+        # The layer around a cell reads the cell's kernels. A layer comes after those that contain it.
+        if adapter_of(layer) and layer.built:
+            readers.update({id(kernel): layer for kernel in kernels_of(layer)})
+    for layer, _ in walk(model):
+        inner = {id(variable) for below, _ in walk(layer) if below is not layer for variable in below.variables}
+        for variable in layer.variables:
+            is_own, is_read = readers.get(id(variable)) is layer, id(variable) in readers
+            # An attention layer's biases have two axes.
+            is_kernel = is_read or (len(variable.shape) >= 2 and variable.name != "bias")
+            if is_own or (id(variable) not in inner and is_kernel):
+                reader = layer if adapter_of(layer) else readers.get(id(variable), layer)
+                adapter = adapter_of(reader)
+                reason = _reason(reader, adapter, variable, is_read, training)
+                note = adapter.notes(reader).get(id(variable)) if reason is None and hasattr(adapter, "notes") else None
+                size = math.prod(variable.shape)
+                status = KernelStatus(variable.path, type(reader).__name__, reason, size, variable.trainable, note=note)
+                # Of the layers that share a kernel, one that is conditioned tells.
+                if reason is None or id(variable) not in statuses:
+                    statuses[id(variable)] = status
+    order = {id(weight): place for place, weight in enumerate(model.weights)}
+    return dict(sorted(statuses.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def _reason(layer, adapter, variable, is_read, training):
+    if not variable.trainable:
+        return "frozen"
+    if adapter is None:
+        return f"no conditioned form of {type(layer).__name__}"
+    if not is_read and quantization(layer) is not None:
+        return "quantized"
+    if not is_read and len(kernels_of(layer)) < len(adapter.kernels(layer)):
+        return "the layer computes its kernel from it"
+    if not is_read:
+        return "does not meet the layer's inputs in a product"
+    if not is_captured(layer):
+        return "not captured"
+    if training and not any(trains(variable) for trains in training):
+        return "trained by another optimizer"
+    return None
+
+
+def why_plain(model):
+    """Returns why no kernel of the model can be conditioned, or `None` if one can."""
+    statuses = sorted(kernel_status(model), key=lambda status: not status.trainable)
+    if not statuses or any(status.reason is None for status in statuses):
+        return None
+    reasons = [f"'{status.path}' ({status.reason})" for status in statuses]
+    return (
+        f"All kernels of '{model.name}' are plain: {', '.join(reasons[:5])}{', ...' if len(reasons) > 5 else ''}. "
+        f"`capture_inputs(model)` captures all that it can: {', '.join(supported_kinds())}; a layer of your own is made known "
+        "by `keras_isaac.register_layer`."
+    )
