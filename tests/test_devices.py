@@ -4,120 +4,29 @@ Run as a script, this file is such a process: `python test_devices.py FUNCTION A
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import keras
 import numpy as np
-import oracle
 import pytest
 from harness import BACKEND, conditioned_gradient, paper_isaac, to_numpy
-from models import assert_close, assert_differ, fit, mlp, regression, sequence_network, sequences, weights
+from models import assert_close, assert_differ, fit, weights
+from replicas import (
+    BATCH_SIZE,
+    OPTIONS,
+    assert_replicas_average,
+    each_network,
+    each_width,
+    finish,
+    network_and_data,
+    numpy_training,
+    start,
+)
 
 from keras_isaac import capture_inputs
 from keras_isaac.layers.calls import product
-
-OPTIONS = {"learning_rate": 0.2, "damping": 0.05, "momentum": 0.9}
-NUM_STEPS, BATCH_SIZE = 6, 16
-# Hidden layers narrower and wider than the batch: the head's inverse is [in, in], and [rows, rows].
-each_width = pytest.mark.parametrize("width", [8, 32])
-each_network = pytest.mark.parametrize("network", [8, 32, "sequence"])
-
-
-def start(function, *arguments, **environment):
-    """Starts `function` of this file in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", __file__, function, *map(str, arguments)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(*processes):
-    """Waits for the processes, and returns what each printed."""
-    results = []
-    try:
-        for process in processes:
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-            results.append(json.loads(output.splitlines()[-1]))
-    finally:
-        for process in processes:
-            process.kill()
-    return results
-
-
-def numpy_training(width, num_replicas):
-    """SGD with momentum in float64; every replica conditions on its part of the batch, and the gradients are averaged."""
-    inputs, targets = (array.astype("float64") for array in regression(NUM_STEPS * BATCH_SIZE))
-    parameters = weights(mlp(width=width))
-    velocity = [np.zeros_like(p) for p in parameters]
-    for x, y in zip(np.split(inputs, NUM_STEPS), np.split(targets, NUM_STEPS), strict=True):
-        kernel, bias, head_kernel, head_bias = parameters
-        gradients = []
-        for part, part_y in zip(np.split(x, num_replicas), np.split(y, num_replicas), strict=True):
-            hidden = np.tanh(part @ kernel + bias)
-            output_gradient = 2 * (hidden @ head_kernel + head_bias - part_y) / part_y.size
-            hidden_gradient = (output_gradient @ head_kernel.T) * (1 - hidden**2)
-            gradients.append(
-                [
-                    oracle.conditioned_gradient(part, hidden_gradient, OPTIONS["damping"]),
-                    hidden_gradient.sum(0),
-                    oracle.conditioned_gradient(hidden, output_gradient, OPTIONS["damping"]),
-                    output_gradient.sum(0),
-                ]
-            )
-        means = [np.mean(gradient, axis=0) for gradient in zip(*gradients, strict=True)]
-        velocity = [OPTIONS["momentum"] * v - OPTIONS["learning_rate"] * g for v, g in zip(velocity, means, strict=True)]
-        parameters = [p + v for p, v in zip(parameters, velocity, strict=True)]
-    return parameters
-
-
-def one_device_training(num_replicas):
-    """Weights of `sequence_network` by a loop on one device: the mean of the gradients of each part of the batch."""
-    model, optimizer, loss_fn = capture_inputs(sequence_network()), paper_isaac(**OPTIONS), keras.losses.MeanSquaredError()
-    variables = model.trainable_variables
-    optimizer.build(variables)
-    inputs, targets = sequences(NUM_STEPS * BATCH_SIZE)
-    for x, y in zip(np.split(inputs, NUM_STEPS), np.split(targets, NUM_STEPS), strict=True):
-        gradients = []
-        for part, part_y in zip(np.split(x, num_replicas), np.split(y, num_replicas), strict=True):
-            if BACKEND == "tensorflow":
-                import tensorflow as tf
-
-                with optimizer.conditioning(), tf.GradientTape() as tape:
-                    loss = loss_fn(part_y, model(part, training=True))
-                gradients.append(tape.gradient(loss, [variable.value for variable in variables]))
-            else:
-                model.zero_grad()
-                with optimizer.conditioning():
-                    loss = loss_fn(part_y, model(part, training=True))
-                loss.backward()
-                gradients.append([variable.value.grad.clone() for variable in variables])
-        means = [np.mean([to_numpy(each) for each in parts], axis=0) for parts in zip(*gradients, strict=True)]
-        optimizer.apply([keras.ops.cast(mean, "float32") for mean in means], variables)
-    return weights(model)
-
-
-def assert_replicas_average(actual, network, num_replicas):
-    """The weights are those of so many replicas, which one device with the whole batch does not give."""
-    training = one_device_training if network == "sequence" else lambda replicas: numpy_training(network, replicas)
-    expected = training(num_replicas)
-    assert_close([np.asarray(weight) for weight in actual], expected, 1e-4)
-    assert_differ(training(1), expected, 1e-3)
-
-
-def network_and_data(network):
-    """The `sequence` network, or an `mlp` of so much width, and its data."""
-    if network == "sequence":
-        return sequence_network(), sequences(NUM_STEPS * BATCH_SIZE)
-    return mlp(width=int(network)), regression(NUM_STEPS * BATCH_SIZE)
-
 
 # JAX: one program over all devices.
 
@@ -208,7 +117,7 @@ def jax_results(tmp_path_factory):
         f"--xla_force_host_platform_device_count=4 --xla_dump_to={dumps} --xla_dump_hlo_as_text "
         "--xla_dump_hlo_module_re=jit_train_step"
     )
-    (results,) = finish(start("jax_distributions", dumps, XLA_FLAGS=flags))
+    (results,) = finish(start(__file__, "jax_distributions", dumps, XLA_FLAGS=flags))
     return results
 
 
@@ -297,62 +206,19 @@ def tensorflow_mirrored(network):
         model, data = network_and_data(network)
         capture_inputs(model).compile(optimizer=paper_isaac(**OPTIONS), loss="mse")
         fit(model, data, batch_size=BATCH_SIZE)
-    return [weight.tolist() for weight in weights(model)]
+        after_one = weights(model)
+        # More than fifty steps.
+        fit(model, data, batch_size=BATCH_SIZE, epochs=8)
+    replicas = [[variable.value.values[replica].numpy().tolist() for variable in model.variables] for replica in (0, 1)]
+    return [weight.tolist() for weight in after_one], replicas
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's strategy")
 @each_network
 def test_mirrored_replicas_condition_on_their_own_rows(network):
-    (actual,) = finish(start("tensorflow_mirrored", network))
-    assert_replicas_average(actual, network, 2)
-
-
-# PyTorch: a process a device, whose gradients are averaged while the backward pass runs.
-
-
-def torch_distributed(network, rank, port):
-    """Trains this process's half of each batch, with Keras' model inside DistributedDataParallel."""
-    import torch
-
-    store = torch.distributed.TCPStore("127.0.0.1", int(port), is_master=False)
-    torch.distributed.init_process_group("gloo", store=store, rank=int(rank), world_size=2)
-    trained = torch_loop(*network_and_data(network), int(rank))
-    # If the module outlived the group, its destructor could wait for a thread of the group that waits for Python's lock.
-    torch.distributed.destroy_process_group()
-    return trained
-
-
-def torch_loop(model, data, rank):
-    """A training loop; returns the weights."""
-    import torch
-    from torch.nn.parallel import DistributedDataParallel
-
-    distributed = DistributedDataParallel(capture_inputs(model))
-    optimizer, loss_fn = paper_isaac(**OPTIONS), keras.losses.MeanSquaredError()
-    variables = model.trainable_variables
-    optimizer.build(variables)
-    inputs, targets = (torch.tensor(array).chunk(2 * NUM_STEPS)[rank::2] for array in data)
-    for x, y in zip(inputs, targets, strict=True):
-        model.zero_grad()
-        with optimizer.conditioning():
-            loss = loss_fn(y, distributed(x))
-        loss.backward()
-        with torch.no_grad():
-            optimizer.apply([variable.value.grad for variable in variables], variables)
-    return [weight.tolist() for weight in weights(model)]
-
-
-@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's module")
-@each_network
-def test_distributed_processes_condition_on_their_own_rows(network):
-    import torch
-
-    # The processes meet at a store of this one, which outlives them.
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = [start("torch_distributed", network, rank, store.port, GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)]
-    one, other = finish(*processes)
+    ((actual, (one, other)),) = finish(start(__file__, "tensorflow_mirrored", network))
     assert one == other
-    assert_replicas_average(one, network, 2)
+    assert_replicas_average(actual, network, 2)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""What several devices are to give, by training on parts of each batch; and processes of their own for them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import oracle
+import pytest
+from harness import BACKEND, paper_isaac, to_numpy
+from models import assert_close, assert_differ, mlp, regression, sequence_network, sequences, weights
+
+from keras_isaac import capture_inputs
+
+OPTIONS = {"learning_rate": 0.2, "damping": 0.05, "momentum": 0.9}
+NUM_STEPS, BATCH_SIZE = 6, 16
+# Hidden layers narrower and wider than the batch: the head's inverse is [in, in], and [rows, rows].
+each_width = pytest.mark.parametrize("width", [8, 32])
+each_network = pytest.mark.parametrize("network", [8, 32, "sequence"])
+
+
+def start(file, function, *arguments, **environment):
+    """Starts `function` of this test file in a process of its own: the file prints what it returns, as JSON."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", file, function, *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*processes):
+    """Waits for the processes, and returns what each printed."""
+    results = []
+    try:
+        for process in processes:
+            output, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+            results.append(json.loads(output.splitlines()[-1]))
+    finally:
+        for process in processes:
+            process.kill()
+    return results
+
+
+def numpy_training(width, num_replicas):
+    """SGD with momentum in float64; every replica conditions on its part of the batch, and the gradients are averaged."""
+    inputs, targets = (array.astype("float64") for array in regression(NUM_STEPS * BATCH_SIZE))
+    parameters = weights(mlp(width=width))
+    velocity = [np.zeros_like(p) for p in parameters]
+    for x, y in zip(np.split(inputs, NUM_STEPS), np.split(targets, NUM_STEPS), strict=True):
+        kernel, bias, head_kernel, head_bias = parameters
+        gradients = []
+        for part, part_y in zip(np.split(x, num_replicas), np.split(y, num_replicas), strict=True):
+            hidden = np.tanh(part @ kernel + bias)
+            output_gradient = 2 * (hidden @ head_kernel + head_bias - part_y) / part_y.size
+            hidden_gradient = (output_gradient @ head_kernel.T) * (1 - hidden**2)
+            gradients.append(
+                [
+                    oracle.conditioned_gradient(part, hidden_gradient, OPTIONS["damping"]),
+                    hidden_gradient.sum(0),
+                    oracle.conditioned_gradient(hidden, output_gradient, OPTIONS["damping"]),
+                    output_gradient.sum(0),
+                ]
+            )
+        means = [np.mean(gradient, axis=0) for gradient in zip(*gradients, strict=True)]
+        velocity = [OPTIONS["momentum"] * v - OPTIONS["learning_rate"] * g for v, g in zip(velocity, means, strict=True)]
+        parameters = [p + v for p, v in zip(parameters, velocity, strict=True)]
+    return parameters
+
+
+def one_device_training(num_replicas):
+    """Weights of `sequence_network` by a loop on one device: the mean of the gradients of each part of the batch."""
+    model, optimizer, loss_fn = capture_inputs(sequence_network()), paper_isaac(**OPTIONS), keras.losses.MeanSquaredError()
+    variables = model.trainable_variables
+    optimizer.build(variables)
+    inputs, targets = sequences(NUM_STEPS * BATCH_SIZE)
+    for x, y in zip(np.split(inputs, NUM_STEPS), np.split(targets, NUM_STEPS), strict=True):
+        gradients = []
+        for part, part_y in zip(np.split(x, num_replicas), np.split(y, num_replicas), strict=True):
+            if BACKEND == "tensorflow":
+                import tensorflow as tf
+
+                with optimizer.conditioning(), tf.GradientTape() as tape:
+                    loss = loss_fn(part_y, model(part, training=True))
+                gradients.append(tape.gradient(loss, [variable.value for variable in variables]))
+            else:
+                model.zero_grad()
+                with optimizer.conditioning():
+                    loss = loss_fn(part_y, model(part, training=True))
+                loss.backward()
+                gradients.append([variable.value.grad.clone() for variable in variables])
+        means = [np.mean([to_numpy(each) for each in parts], axis=0) for parts in zip(*gradients, strict=True)]
+        optimizer.apply([keras.ops.cast(mean, "float32") for mean in means], variables)
+    return weights(model)
+
+
+def assert_replicas_average(actual, network, num_replicas):
+    """The weights are those of so many replicas, which one device with the whole batch does not give."""
+    training = one_device_training if network == "sequence" else lambda replicas: numpy_training(network, replicas)
+    expected = training(num_replicas)
+    assert_close([np.asarray(weight) for weight in actual], expected, 1e-4)
+    assert_differ(training(1), expected, 1e-3)
+
+
+def network_and_data(network):
+    """The `sequence` network, or an `mlp` of so much width, and its data."""
+    if network == "sequence":
+        return sequence_network(), sequences(NUM_STEPS * BATCH_SIZE)
+    return mlp(width=int(network)), regression(NUM_STEPS * BATCH_SIZE)
