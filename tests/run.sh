@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up a virtual environment with the tested versions and runs all the tests: the form of the code, then each backend in a
+# Sets up a virtual environment with the tested versions and runs all the tests: the form and the types of the code, then each backend in a
 # run of its own, two processes wide, since Keras fixes its backend when it is imported. Arguments go to pytest; without any, the
 # slow tests are left out.
 set -euo pipefail
@@ -16,6 +16,7 @@ venv=${KERAS_ISAAC_VENV:-.venv}
 
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
+"$venv/bin/mypy"
 
 export TF_CPP_MIN_LOG_LEVEL=3 OMP_NUM_THREADS=1
 failed=0
