@@ -186,8 +186,8 @@ def _print(model, statuses, batch_size, show_frozen):
         title=f"Kernels of '{model.name}', batch size {batch_size}",
     )
     table.add_column("Kernel (layer)", no_wrap=True)
-    table.add_column("Rows, in, out", justify="right")
-    table.add_column("Side", max_width=19)
+    table.add_column("Rows, in, out", justify="right", no_wrap=True)
+    table.add_column("Side", min_width=15, max_width=19)
     table.add_column("Added", justify="right", no_wrap=True)
     table.add_column("of model", justify="right", no_wrap=True)
     frozen = [status for status in statuses if status.reason == "frozen" and not show_frozen]

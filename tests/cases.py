@@ -252,6 +252,16 @@ CASES = [
 if hasattr(layers, "ReversibleEmbedding"):  # An older Keras has no such layer.
     CASES.append(Case("reversible-embedding", lambda: layers.ReversibleEmbedding(6, 4), (3, 5), embedding, vocabulary=6))
 
+if hasattr(layers, "TernaryDense"):
+    CASES.append(Case("ternary-dense", lambda: layers.TernaryDense(5), (4, 7), dense))
+
+
+# Each way to read once, for laws that need not hold everywhere before each change.
+OFTEN = [
+    *("dense-fewer-rows", "dense-long-sequence", "dense-lora", "einsum-attention-output", "einsum-groups", "conv2d-groups"),
+    *("conv2d-groups-lora", "depthwise2d", "separable2d", "transpose2d", "embedding-masked", "reversible-embedding"),
+]
+
 
 def each_case():
     """Parametrizes a test over the table."""

@@ -1,5 +1,6 @@
 """Every test starts from the same seed and a fresh Keras state."""
 
+import fnmatch
 import gc
 import os
 
@@ -8,6 +9,19 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import keras
 import pytest
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks slow what `often` leaves out, where every case is compiled; PyTorch, which compiles nothing, runs all of them."""
+    if keras.backend.backend() == "torch":
+        return
+    for item in items:
+        marker = item.get_closest_marker("often")
+        if marker is not None:
+            name = item.callspec.id if hasattr(item, "callspec") else ""
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in marker.args):
+                item.add_marker("slow")
 
 
 def pytest_collection_finish():

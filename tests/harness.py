@@ -19,6 +19,10 @@ MODES = {"jax": ["compiled"], "tensorflow": ["eager", "compiled"], "torch": ["ea
 each_mode = pytest.mark.parametrize("compiled", [mode == "compiled" for mode in MODES], ids=MODES)
 
 
+# For what differs little between backends, or takes long where it is compiled.
+slow_but_on_torch = pytest.mark.slow if BACKEND != "torch" else lambda test: test
+
+
 class Pass(NamedTuple):
     """What one forward and backward pass gave."""
 

@@ -44,6 +44,7 @@ def monitored(model, data, batch, epochs=1, **kwargs):
     return monitor
 
 
+@pytest.mark.often("fewer-rows-relative", "more-rows-")
 @pytest.mark.parametrize("options", [{}, {"relative_damping": True}, {"preserve_norm": True}], ids=["", "relative", "norm"])
 @pytest.mark.parametrize("num", [4, 16], ids=["fewer-rows", "more-rows"])
 def test_dense_layers_after_some_steps(num, options):

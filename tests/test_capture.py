@@ -164,6 +164,7 @@ def test_captured_under_another_optimizer_trains_as_before(optimizer):
     assert_close(trained(optimizer(), capture_inputs), trained(optimizer()), 0)
 
 
+@pytest.mark.often("model-before compile", "layer-after fit", "model-in a callback")
 @pytest.mark.parametrize("when", ["before compile", "after compile", "after fit", "in a callback"])
 @pytest.mark.parametrize("capture", [capture_inputs, lambda model: capture_inputs(model.layers[1])], ids=["model", "layer"])
 def test_capturing_holds_from_the_next_step(when, capture):

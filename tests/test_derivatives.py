@@ -3,7 +3,7 @@
 import numpy as np
 import oracle
 import pytest
-from cases import CASES, Case, data, dense, expected_gradient
+from cases import CASES, OFTEN, Case, data, dense, expected_gradient
 from harness import BACKEND, paper_isaac, to_numpy
 from keras import layers, ops
 from oracle import relative_error
@@ -151,6 +151,7 @@ def check(layer, inputs, loss, reading, **options):
 
 
 @pytest.mark.parametrize("case", FLOAT_CASES, ids=[case.id for case in FLOAT_CASES])
+@pytest.mark.often(*OFTEN)
 def test_every_part_of_a_kernels_gradient_is_conditioned_once(case):
     layer, inputs, cotangent = data(case)
     check(layer, inputs, reverse_loss(cotangent), case.read(layer, inputs))

@@ -13,6 +13,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from harness import slow_but_on_torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -37,6 +38,7 @@ def test_digits_prints_a_table_and_saves_a_picture(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@slow_but_on_torch
 def test_digits_says_what_data_it_takes(tmp_path):
     with pytest.raises(AssertionError, match=r"--data must be digits, mnist, fashion_mnist or an existing \.npz file"):
         run("digits.py", "--data", "nowhere.npz", cwd=tmp_path)
@@ -47,6 +49,7 @@ def test_custom_loop_learns(tmp_path):
     assert losses[-1] < losses[0] / 2
 
 
+@slow_but_on_torch
 def test_monitor_prints_the_table_and_saves_a_picture(tmp_path):
     output = run("monitor.py", "--epochs", 2, "--picture", "curvature.png", cwd=tmp_path)
     assert "4 of 4 trainable kernels are conditioned" in output
@@ -151,6 +154,7 @@ def test_kfac_starts_from_the_tasks_model_and_learns(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@slow_but_on_torch
 def test_the_papers_experiments_are_kept_whole(tmp_path, monkeypatch):
     shutil.copytree(EXAMPLES / "results", tmp_path / "results")
     monkeypatch.setenv("KERAS_ISAAC_RESULTS", str(tmp_path / "results"))
@@ -171,6 +175,7 @@ def overhead():
     del sys.modules["overhead"]
 
 
+@slow_but_on_torch
 def test_overhead_prints_and_saves_what_it_measured(tmp_path):
     arguments = ("--models", "mlp-100", "--repetitions", 2, "--steps", 2, "--json", "overhead.json")
     output = run("overhead.py", *arguments, cwd=tmp_path)

@@ -7,6 +7,7 @@ import pytest
 from harness import paper_isaac
 
 
+@pytest.mark.often("[05]", "*[05]")
 @pytest.mark.parametrize("number", range(40))
 @pytest.mark.filterwarnings("ignore")
 def test_a_drawn_case_keeps_the_laws(number):
@@ -24,6 +25,7 @@ def test_the_fuzzer_notices_a_wrong_damping(subject, monkeypatch):
     assert any("is not the oracle's" in law for law in fuzz.broken_laws(drawn))
 
 
+@pytest.mark.often("expand-dense network", "reduce-conv2d-groups", "expand-embedding")
 @pytest.mark.parametrize(
     "subject",
     ["dense-fewer-rows", "dense-sequence", "einsum-lora", "conv2d-groups", "transpose2d", "embedding", "dense network"],

@@ -31,6 +31,7 @@ def both_ways(function, *arrays):
     return [to_numpy(way(*tensors)) for way in (function, jit(function))]
 
 
+@pytest.mark.often("(2,)", "(64,)", "(65,)", "(3, 5)")
 @pytest.mark.parametrize("shape", [(1,), (2,), (31,), (32,), (64,), (65,), (100,), (3, 5), (2, 70)], ids=str)
 def test_is_the_inverse(shape):
     matrix = _positive_definite(*shape)
@@ -44,6 +45,7 @@ def test_is_the_inverse(shape):
         assert relative_error(actual, expected) < 5e-6
 
 
+@pytest.mark.often("*-3")
 @pytest.mark.parametrize("size", [3, 70])
 @pytest.mark.parametrize("bad", ["negative", "indefinite", "singular", "infinite", "nan"])
 def test_indefinite_is_bounded_and_nan_stays_so_and_nothing_raises(size, bad):

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from cases import data, each_case, expected_gradient
+from cases import OFTEN, data, each_case, expected_gradient
 from harness import BACKEND, each_mode, paper_isaac, run, step_of, to_numpy
 from oracle import relative_error
 
@@ -22,6 +22,7 @@ def is_kernel(case, layer, inputs):
 
 
 @each_case()
+@pytest.mark.often(*OFTEN)
 def test_output_outside_a_training_step_is_the_plain_layers(case):
     layer, inputs, _ = data(case)
     plain = keras.ops.convert_to_numpy(layer(inputs))
@@ -31,6 +32,7 @@ def test_output_outside_a_training_step_is_the_plain_layers(case):
 
 @each_case()
 @each_mode
+@pytest.mark.often("compiled-*", *(f"eager-{name}" for name in OFTEN))
 def test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(case, compiled):
     layer, inputs, cotangent = data(case)
     plain = run(layer, inputs, cotangent, compiled=compiled)
@@ -57,6 +59,7 @@ def test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(
 
 
 @each_case()
+@pytest.mark.often(*OFTEN)
 def test_huge_damping_gives_the_plain_gradient_and_any_a_direction_of_increase(case):
     layer, inputs, cotangent = data(case)
     plain = run(layer, inputs, cotangent)
@@ -73,6 +76,7 @@ def test_huge_damping_gives_the_plain_gradient_and_any_a_direction_of_increase(c
 
 
 @each_case()
+@pytest.mark.often(*OFTEN)
 def test_second_step_compiles_nothing(case, count_traces):
     layer, inputs, _ = data(case)
     traces = count_traces()
@@ -89,6 +93,7 @@ def test_second_step_compiles_nothing(case, count_traces):
 
 
 @each_case()
+@pytest.mark.often(*OFTEN)
 def test_saved_file_is_the_plain_models(case, tmp_path):
     layer, inputs, _ = data(case)
     model = keras.Sequential([keras.Input(inputs.shape[1:], dtype=inputs.dtype.name), layer])

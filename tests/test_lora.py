@@ -110,6 +110,7 @@ QUANTIZED = {
 }
 
 
+@pytest.mark.often("*-int8-compiled")
 @each_mode
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.parametrize("kind", QUANTIZED)
@@ -151,6 +152,7 @@ def test_float8_trains_its_kernel():
 without_warnings = pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
 
 
+@pytest.mark.often("int4")
 @without_warnings
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_a_model_quantized_and_captured_in_either_order_trains_alike(mode):

@@ -71,6 +71,7 @@ def products_by_precision(module):
     return highest, len(products) - highest
 
 
+@pytest.mark.often("cpu-loops_step-dense", "cuda-fits_step-images", "tpu-fits_step-sequences")
 @pytest.mark.parametrize(
     ("make_step", "network"), [(loops_step, "dense"), (fits_step, "dense"), (fits_step, "images"), (fits_step, "sequences")]
 )

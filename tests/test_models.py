@@ -88,6 +88,7 @@ def examples_for(model, num=8):
     return ({name: inputs[name] for name in model.input} if isinstance(model.input, dict) else tokens), tokens
 
 
+@pytest.mark.often("transformer-options0", "convolutional-options5", "bert*")
 @pytest.mark.parametrize(
     ("build", "options"),
     [

@@ -251,6 +251,7 @@ if hasattr(keras.optimizers, "MultiOptimizer"):
     WRAPPERS["several"] = lambda isaac: keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(SGD(0.1), {".*": isaac}))
 
 
+@pytest.mark.often("False-*")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("swap_on_epoch", [False, True])
 def test_callbacks_see_the_moving_average_inside_other_optimizers(wrapper, swap_on_epoch):

@@ -70,8 +70,13 @@ CASES = {
 }
 
 
+# Of each kind of layer one.
+OFTEN = ("compiled-dense-fewer-rows", "compiled-einsum-groups", "compiled-conv2d-groups", "compiled-depthwise2d")
+
+
 @pytest.mark.parametrize("case", CASES)
 @each_mode
+@pytest.mark.often(*OFTEN)
 def test_conditions_both_sides(case, compiled):
     layer, shape, read, rows_of = CASES[case]
     layer = layer()
@@ -92,6 +97,7 @@ def test_conditions_both_sides(case, compiled):
     assert relative_error(conditioned.gradients[0], one_sided) > 0.02
 
 
+@pytest.mark.often("compiled")
 @each_mode
 def test_both_kernels_of_a_separable_convolution(compiled):
     layer, shape = layers.SeparableConv2D(4, 2, depth_multiplier=2), (2, 4, 4, 2)
@@ -111,6 +117,7 @@ def test_both_kernels_of_a_separable_convolution(compiled):
         assert relative_error(actual, expected(*readings[name], theirs, outputs.astype("float64"))) < 2e-5
 
 
+@pytest.mark.often("5-compiled")
 @each_mode
 @pytest.mark.parametrize("max_rows", [5, 11])
 def test_few_rows_stand_for_both_sides(max_rows, compiled):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from harness import slow_but_on_torch
 from test_examples import EXAMPLES, run
 
 
@@ -45,6 +46,7 @@ def tutorial():
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
+@slow_but_on_torch
 def test_the_tutorial_runs(tutorial, tmp_path):
     program = "\n\n".join("".join(cell["source"]) for cell in tutorial)
     assert "EPOCHS, BATCH_SIZE = 6, 50" in program

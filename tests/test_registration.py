@@ -150,6 +150,7 @@ def test_errors():
         run(capture_inputs(layer), np.ones((5, 8), "float32"), np.ones((5, 2, 3), "float32"), paper_isaac())
 
 
+@pytest.mark.often("mixtral")
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("kind", ["mixtral", "qwen_moe"])
 def test_experts_of_keras_hub_train(kind):

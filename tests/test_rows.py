@@ -36,6 +36,7 @@ def spread(num_rows, max_rows):
     )
 
 
+@pytest.mark.often("8-1-*", "64-5-*", "8-20-*", "64-None-*")
 @each_mode
 @pytest.mark.parametrize("max_rows", [1, 5, 8, 20, 39, 40, 1000, None])
 @pytest.mark.parametrize("features", [8, 64])
@@ -91,6 +92,7 @@ def test_reduce_in_a_convolution(compiled):
     assert relative_error(conditioned.reshape(18, 3), oracle.condition(rows, plain.reshape(18, 3), 0.3)) < 2e-5
 
 
+@pytest.mark.often("*-7-compiled")
 @each_mode
 @pytest.mark.parametrize("max_rows", [1, 7, 30, 64, 1000, None])
 @pytest.mark.parametrize(

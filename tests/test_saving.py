@@ -56,6 +56,7 @@ class Interruption(keras.callbacks.Callback):
             raise InterruptedRunError
 
 
+@pytest.mark.often("accumulation")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_backup_and_restore_goes_on_bit_for_bit_after_an_interruption(optimizer, tmp_path):
     data = regression()
@@ -91,6 +92,7 @@ def test_backup_and_restore_goes_on_bit_for_bit_after_the_process_was_killed(tmp
     assert_close(state(resumed), state(uninterrupted), 0)
 
 
+@pytest.mark.often("weights")
 @pytest.mark.parametrize("only_weights", [False, True], ids=["model", "weights"])
 def test_model_checkpoint_of_the_best_epoch(only_weights, tmp_path):
     data, model = regression(), compiled("adam")
@@ -195,6 +197,7 @@ def test_export_equals_predict(file_format, name, serve, packages, tmp_path):
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda thing: pickle.loads(pickle.dumps(thing))}
 
 
+@pytest.mark.often("deepcopy-adam", "pickle-loss scale")
 @pytest.mark.parametrize(("copied", "optimizer"), [("deepcopy", "adam"), *(("pickle", optimizer) for optimizer in OPTIMIZERS)])
 def test_a_copy_of_a_fitted_model_is_captured_and_goes_on_bit_for_bit(copied, optimizer):
     model = compiled(optimizer)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from cases import data, each_case
+from cases import OFTEN, data, each_case
 from harness import BACKEND, conditioned_gradient, paper_isaac, run
 from keras import layers
 from oracle import relative_error
@@ -28,6 +28,7 @@ def expected_relative(rows, matrix_of, plain, damping):
 
 
 @each_case()
+@pytest.mark.often(*OFTEN)
 def test_each_layer_has_its_own_damping_and_keeps_its_own_norm(case):
     layer, inputs, cotangent = data(case)
     plain = run(layer, inputs, cotangent)

@@ -96,6 +96,7 @@ def test_mixed_float16_skips_steps_that_overflow_halves_the_scale_and_goes_on(wr
 TOLERANCES = {"mixed_float16": 2e-3, "mixed_bfloat16": 1.6e-2, "float64": 1e-12}
 
 
+@pytest.mark.often("(4, 7)-mixed_float16", "(11, 7)-mixed_bfloat16", "(4, 7)-float64")
 @pytest.mark.usefixtures("_policy_restored", "_float64")
 @pytest.mark.parametrize("policy", TOLERANCES)
 @pytest.mark.parametrize("shape", [(4, 7), (11, 7)], ids=str)
@@ -116,6 +117,7 @@ def test_the_conditioner_computes_in_float32_or_better(policy, shape):
 KINDS = ("dense-sequence", "einsum-groups", "conv2d-groups", "reversible-embedding")
 
 
+@pytest.mark.often("conv2d-groups-float64", "einsum-groups-mixed_float16", "reversible-embedding-mixed_float16")
 @pytest.mark.usefixtures("_policy_restored", "_float64")
 @pytest.mark.parametrize("policy", ["mixed_float16", "float64"])
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in KINDS], ids=lambda case: case.id)
@@ -205,6 +207,7 @@ REMAT = [(mode, BACKEND != "jax") for mode in ("full", "activations", "larger_th
 REMAT += [("activations", False), ("only conv", False)] if BACKEND == "tensorflow" else []
 
 
+@pytest.mark.often("full-False", "list_of_layers-*")
 @pytest.mark.parametrize(("mode", "run_eagerly"), REMAT)
 def test_recomputed_layers_train_as_others(mode, run_eagerly):
     plain = remat_run("sgd", None, False, run_eagerly)
@@ -214,6 +217,7 @@ def test_recomputed_layers_train_as_others(mode, run_eagerly):
     assert_differ(isaac, plain, 1e-2)
 
 
+@pytest.mark.often("full")
 @pytest.mark.parametrize("mode", ["full", "list_of_layers"])
 def test_recomputed_layers_see_the_masks(mode):
     """Positions of padding are no rows, also where Keras loses the mask on the way."""
@@ -345,6 +349,7 @@ def test_class_weights_and_weighted_rows_of_zero():
     assert_close(weights(model), oracle_fit(mlp(), steps, 0.3, 0.1, loss=loss), 1e-4)
 
 
+@pytest.mark.often("head by rule")
 @pytest.mark.parametrize("capture", ["model", "head by rule", "head alone"])
 def test_transfer_learning_and_layers_frozen_and_unfrozen_between_compiles(capture):
     x, y = regression(32)
@@ -457,6 +462,7 @@ class OwnStep:
         return {"loss": loss}, (trainable, non_trainable, optimizer_variables, metrics_variables)
 
 
+@pytest.mark.often("decorated")
 @pytest.mark.parametrize("decorated", [False, True], ids=["instance", "decorated"])
 def test_a_subclass_with_a_train_step_of_its_own(decorated):
     model_class = type("Mine", (OwnStep, keras.Model), {})

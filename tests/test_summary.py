@@ -3,7 +3,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from cases import data, each_case
+from cases import OFTEN, data, each_case
 from harness import paper_isaac
 from keras import layers
 from models import mlp, sequence_network, sequences
@@ -14,6 +14,7 @@ from keras_isaac.curvature import conditioner
 
 
 @each_case()
+@pytest.mark.often(*OFTEN)
 def test_kernels_meet_what_they_meet_in_training(case):
     layer, inputs, _ = data(case)
     tensor = keras.Input(batch_shape=inputs.shape, dtype=inputs.dtype)

@@ -135,6 +135,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.often("adam", "loss scale")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_saved_mid_training_and_resumed_in_a_fresh_process_continues_bit_for_bit(optimizer, tmp_path):
     model = capture_inputs(mlp())

@@ -25,6 +25,8 @@ __all__ = ["call_with", "conditioned", "mask_of", "register_adapter", "register_
 
 _KINDS = {
     "Dense": DenseAdapter,
+    # It trains the kernel from which it computes another: the whole gradient is conditioned, once it is there.
+    "TernaryDense": RegisteredAdapter("TernaryDense").add("kernel", lambda layer, inputs: inputs),
     "EinsumDense": EinsumDenseAdapter,
     "Conv1D": ConvAdapter,
     "Conv2D": ConvAdapter,
@@ -182,5 +184,6 @@ def kernels_of(layer):
 
 def supported_kinds():
     """Returns the names of the layers that can be conditioned."""
+    kinds = [name for name in _KINDS if hasattr(keras.layers, name)]
     registered = [adapter.name for adapter in _ADAPTERS.values() if isinstance(adapter, RegisteredAdapter)]
-    return [*_KINDS, *registered]
+    return list(dict.fromkeys([*kinds, *registered]))

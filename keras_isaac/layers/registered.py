@@ -15,9 +15,10 @@ class RegisteredAdapter:
     def __init__(self, name):
         self.name, self.reads = name, {}
 
-    def add(self, kernel, rows, groups):
+    def add(self, kernel, rows, groups=False):
         """Adds a kernel, or reads it anew: an attribute, its function of rows, and whether its first axis is one of groups."""
         self.reads[kernel] = rows, groups
+        return self
 
     def kernels(self, layer):
         """The named variables."""
