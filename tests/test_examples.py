@@ -175,7 +175,7 @@ def overhead():
     del sys.modules["overhead"]
 
 
-@slow_but_on_torch
+@pytest.mark.slow
 def test_overhead_prints_and_saves_what_it_measured(tmp_path):
     arguments = ("--models", "mlp-100", "--repetitions", 2, "--steps", 2, "--json", "overhead.json")
     output = run("overhead.py", *arguments, cwd=tmp_path)

@@ -17,7 +17,6 @@ from replicas import (
     NUM_STEPS,
     OPTIONS,
     assert_replicas_average,
-    each_network,
     finish,
     network_and_data,
     numpy_training,
@@ -103,7 +102,7 @@ def torch_loop(model, data, rank):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's module")
-@each_network
+@pytest.mark.parametrize("network", [pytest.param(8, marks=pytest.mark.slow), 32, "sequence"])
 def test_distributed_processes_condition_on_their_own_rows(network):
     import torch
 
