@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import keras
 
+from keras_isaac import backend
 from keras_isaac.measurement import measurement
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             return
         if self._measure is None:
             self._measure = measurement(self.model, self.data)
-        if keras.backend.backend() == "jax":
+        if backend.IS_STATELESS:
             # In `fit`, the state is not in the variables.
             self.model.jax_state_sync()
         steps.append(step)

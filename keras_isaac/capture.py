@@ -167,7 +167,7 @@ class _Owner:
         mapping = [] if optimizer_values is None else list(zip(model.optimizer.variables, optimizer_values, strict=True))
         with contextlib.ExitStack() as stack:
             for isaac in isaacs:
-                isaac.expect_part(functools.partial(why_plain, model))
+                isaac.participation.expect(functools.partial(why_plain, model))
                 stack.enter_context(scope.open_scope(isaac.conditioning_of_step(mapping, model.optimizer)))
             yield
 

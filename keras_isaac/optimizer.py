@@ -7,7 +7,7 @@ from typing import Any, Literal
 import keras
 from keras import ops
 
-from keras_isaac import scope
+from keras_isaac import backend, scope
 from keras_isaac.arguments import (
     LearningRateSchedule,
     build_inner_optimizer,
@@ -17,7 +17,7 @@ from keras_isaac.arguments import (
     check_weight_sharing,
     public_config,
 )
-from keras_isaac.keras_hooks import sees_step
+from keras_isaac.participation import Participation
 
 # Functions of an `ISAAC`, called when it is made and when it is built: `capture.py` looks for its model then.
 listeners: list[Callable[[Any], None]] = []
@@ -123,10 +123,7 @@ class ISAAC(keras.optimizers.Optimizer):
         self.per_replica = per_replica
         # Which layers of a copied model are to be captured: `True` for all, or their paths; `None` if that is not known.
         self.captured = None
-        # Whether a layer has conditioned a gradient since the last `apply`, and whether one ever has.
-        self._took_part = self._ever_took_part = False
-        # In the steps of a model, a function that says why none has.
-        self._why_plain = None
+        self.participation = Participation()
         self._trained_variables = None
         if isinstance(damping, LearningRateSchedule):
             self._damping = damping
@@ -187,7 +184,7 @@ class ISAAC(keras.optimizers.Optimizer):
         ...     loss = keras.ops.mean(layer(keras.ops.ones((2, 3))))
         """
         mapping = []
-        if keras.backend.backend() == "jax":
+        if backend.IS_STATELESS:
             received = "None" if optimizer_variables is None else f"a list of length {len(optimizer_variables)}"
             if optimizer_variables is None or len(optimizer_variables) != len(self.variables):
                 raise ValueError(
@@ -227,26 +224,16 @@ class ISAAC(keras.optimizers.Optimizer):
             max_rows=self.max_rows,
             per_replica=self.per_replica,
             trains=self._trains,
-            on_use=self._take_part,
+            on_use=self.participation.note,
         )
 
     def _trains(self, variable):
         return variable.trainable and (self._trained_variables is None or id(variable) in self._trained_variables)
 
-    def expect_part(self, why_plain):
-        """Says that a step begins, in which a layer has to condition a gradient before `apply`.
-
-        Args:
-            why_plain: function that returns why none could, as a sentence, or `None` if it does not know.
-        """
-        self._took_part, self._why_plain = False, why_plain
-
     def forget(self):
         """Says that its model is captured no more."""
-        self.captured, self._ever_took_part = None, False
-
-    def _take_part(self):
-        self._took_part = self._ever_took_part = True
+        self.captured = None
+        self.participation.forget()
 
     def build(self, variables):
         """Builds the inner optimizer for `variables`."""
@@ -267,34 +254,11 @@ class ISAAC(keras.optimizers.Optimizer):
         """
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
-        self._check_part(trainable_variables or self._trainable_variables)
+        self.participation.check(trainable_variables or self._trainable_variables)
         if not self.built:
             with keras.name_scope(self.name):
                 self.build(trainable_variables)
         self.inner_optimizer.apply(grads, trainable_variables)
-
-    def _check_part(self, variables):
-        """Raises if the gradients of this step are not conditioned, as far as Python sees the step."""
-        was_called = scope.take_plain_calls() and bool(variables) and sees_step(variables[0])
-        was_missed = not self._took_part and (self._why_plain is not None or was_called)
-        reasons = self._why_plain() if self._why_plain and not self._took_part else None
-        self._took_part, self._why_plain = False, None
-        if self._ever_took_part and not was_missed:
-            return
-        advice = reasons or (
-            "Write `model = capture_inputs(model)` (from `keras_isaac`), before or after `model.compile(...)`; in a loop of "
-            "your own, compute the loss inside `with optimizer.conditioning():`. If this model is a copy of a captured one "
-            "(`clone_model`, `load_model`, pickle), capture the copy; for `SKLearnClassifier`, give a function that builds and "
-            "captures the model. If the model is captured already, see that a captured layer is trainable."
-        )
-        if keras.backend.backend() == "jax":
-            advice += " On the JAX backend, build the model again first: Keras drops its weights when a `fit` fails."
-        paths = [getattr(variable, "path", variable.name) for variable in variables]
-        raise ValueError(
-            "`ISAAC` conditions the kernels of layers whose inputs are captured, but no captured layer took part in this "
-            f"step. {advice} To train without conditioning, compile with the inner optimizer. "
-            f"Received gradients for: {', '.join(paths[:5])}{', ...' if len(paths) > 5 else ''}"
-        )
 
     def apply_gradients(self, grads_and_vars):
         """Applies pairs of gradient and variable; returns the iterations."""

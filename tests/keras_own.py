@@ -80,7 +80,7 @@ class Capturing(Outcomes):
         variables = [[variable.value for variable in optimizer.variables]] if keras.backend.backend() == "jax" else []
         with optimizer.conditioning(*variables):
             result = yield
-        if optimizer._took_part:
+        if optimizer.participation._has_now:
             self.conditioned.append(item.nodeid)
         return result
 

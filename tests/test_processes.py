@@ -33,6 +33,15 @@ def as_lists(arrays):
     return [array.tolist() for array in arrays]
 
 
+def fit_half(model, data, rank):
+    """Fits on one half of each batch; returns the weights after one epoch, and after all."""
+    half = [np.concatenate(np.split(array, 2 * NUM_STEPS)[rank::2]) for array in data]
+    fit(model, half, batch_size=BATCH_SIZE // 2)
+    after_one = as_lists(weights(model))
+    fit(model, half, batch_size=BATCH_SIZE // 2, epochs=MORE_EPOCHS)
+    return after_one, as_lists(weights(model))
+
+
 # JAX: one program over the devices of all processes, each of which feeds its part of the batch.
 
 
@@ -43,11 +52,7 @@ def jax_distributed(width, rank, port):
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
     model = capture_inputs(mlp(width=int(width)))
     model.compile(optimizer=paper_isaac(**OPTIONS), loss="mse")
-    half = [np.concatenate(np.split(array, 2 * NUM_STEPS)[int(rank) :: 2]) for array in regression(NUM_STEPS * BATCH_SIZE)]
-    fit(model, half, batch_size=BATCH_SIZE // 2)
-    after_one = as_lists(weights(model))
-    fit(model, half, batch_size=BATCH_SIZE // 2, epochs=MORE_EPOCHS)
-    return after_one, as_lists(weights(model))
+    return fit_half(model, regression(NUM_STEPS * BATCH_SIZE), int(rank))
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is JAX's")
@@ -66,13 +71,13 @@ def test_jax_processes_condition_on_the_rows_of_all(width):
 # PyTorch: a process a device, whose gradients are averaged while the backward pass runs.
 
 
-def torch_distributed(network, rank, port):
+def torch_distributed(training, network, rank, port):
     """Trains this process's half of each batch, with Keras' model inside DistributedDataParallel."""
     import torch
 
     store = torch.distributed.TCPStore("127.0.0.1", int(port), is_master=False)
     torch.distributed.init_process_group("gloo", store=store, rank=int(rank), world_size=2)
-    trained = torch_loop(*network_and_data(network), int(rank))
+    trained = TRAINING[training](*network_and_data(network), int(rank))
     # If the module outlived the group, its destructor could wait for a thread of the group that waits for Python's lock.
     torch.distributed.destroy_process_group()
     return trained
@@ -101,14 +106,28 @@ def torch_loop(model, data, rank):
     return after_each
 
 
+def torch_fit(model, data, rank):
+    """Keras' own training, which puts the model into the module by itself."""
+    capture_inputs(model).compile(optimizer=paper_isaac(**OPTIONS), loss="mse")
+    return fit_half(model, data, rank)
+
+
+TRAINING = {"loop": torch_loop, "fit": torch_fit}
+# Since Keras 3.16.
+fits = pytest.param("fit", marks=pytest.mark.skipif(not hasattr(keras.Model, "_initialize_ddp"), reason="an older Keras"))
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's module")
+@pytest.mark.parametrize("training", ["loop", fits])
 @pytest.mark.parametrize("network", [pytest.param(8, marks=pytest.mark.slow), 32, "sequence"])
-def test_distributed_processes_condition_on_their_own_rows(network):
+def test_distributed_processes_condition_on_their_own_rows(network, training):
     import torch
 
     # The processes meet at a store of this one, which outlives them.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = [start(__file__, "torch_distributed", network, rank, store.port, GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)]
+    processes = [
+        start(__file__, "torch_distributed", training, network, rank, store.port, GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)
+    ]
     one, other = finish(*processes)
     assert one == other
     assert_replicas_average(one[0], network, 2)

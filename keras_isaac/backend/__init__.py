@@ -13,6 +13,7 @@ Products and inverses:
 - `transpose(matrix)`, `stop_gradient(tensor)`: as in `keras.ops`.
 - `constant(array)`: a tensor of a NumPy array.
 - `clip(tensor, minimum, maximum)`: the tensor, its values held between two numbers, which are not copied to the device.
+- `traced_once(function)`: the function, traced once for all calls of the same shapes where that saves time.
 - `segment_sum(values, segments, num_segments)`: the sums of the values of each segment.
 
 No inverse raises. A damping below what the dtype resolves is raised to it: to the mean eigenvalue's epsilon in the inverse,
@@ -27,6 +28,10 @@ Derivatives:
 - `product(rows, kernel, twin, residuals, functions)`: `rows @ kernel`; see `ProductFunctions`.
 - `with_gradients(function, gradients, *tensors)`: `function(*tensors)`, with `gradients(output_gradients, *tensors)`, a
   tuple, for its gradients. It need not be linear, and has no forward mode.
+
+State:
+
+- `IS_STATELESS`: whether a step is a function of the values of all variables, which stand in for them while it is traced.
 
 Measuring:
 
@@ -47,6 +52,7 @@ if keras.backend.backend() not in ("jax", "tensorflow", "torch"):
 
 _backend = importlib.import_module(f"keras_isaac.backend.{keras.backend.backend()}")
 
+IS_STATELESS = _backend.IS_STATELESS
 clip = _backend.clip
 compiled = _backend.compiled
 constant = _backend.constant
@@ -63,5 +69,6 @@ segment_sum = _backend.segment_sum
 stop_gradient = _backend.stop_gradient
 trace = _backend.trace
 trace_of_gram = _backend.trace_of_gram
+traced_once = _backend.traced_once
 transpose = _backend.transpose
 with_gradients = _backend.with_gradients

@@ -6,12 +6,24 @@ import tensorflow as tf
 
 from keras_isaac.backend.precision import parts_of, product_of_parts
 
+IS_STATELESS = False
 _TINY = 1e-37  # Stands in for a damping and a matrix that are both zero in float32.
 
 constant = tf.convert_to_tensor
 segment_sum = tf.math.unsorted_segment_sum
 stop_gradient = tf.stop_gradient
 transpose = tf.linalg.matrix_transpose
+
+
+def traced_once(function):
+    """Returns `function`, traced once for all calls of the same shapes: to trace every operation again takes long."""
+    traced = tf.function(function, autograph=False)
+
+    @functools.wraps(function)
+    def call(*args):
+        return (function if tf.executing_eagerly() else traced)(*args)
+
+    return call
 
 
 def clip(tensor, minimum, maximum=None):
@@ -56,25 +68,9 @@ def relative_damping(damping, total, rank):
     return tf.clip_by_value(damping * total / tf.cast(rank, total.dtype), _TINY, 1 / _TINY)
 
 
-def _once_per_shape(function):
-    """Has layers whose matrices have one shape share a trace."""
-    traced = tf.function(function, autograph=False)
-    return lambda *tensors: (function if tf.executing_eagerly() else traced)(*tensors)
-
-
 def damped_projection(matrix, total, damping, rows):
     """Returns λ (λI + M)⁻¹ X for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
     return matmul(damping * damped_inverse(matrix, total, damping), rows)
-
-
-def damped_inverse(matrix, total, damping):
-    """Returns (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total`."""
-    return _damped_inverse(matrix, total, tf.convert_to_tensor(damping, matrix.dtype))
-
-
-def damped_inverse_root(matrix, total, damping, rows):
-    """Returns RF with RᵀR = (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
-    return _damped_inverse_root(matrix, total, tf.convert_to_tensor(damping, matrix.dtype), rows)
 
 
 def is_indefinite(matrix, total, damping, is_root=False):
@@ -84,8 +80,9 @@ def is_indefinite(matrix, total, damping, is_root=False):
     return ~tf.reduce_all(tf.math.is_finite(tf.linalg.cholesky(damped)), axis=(-2, -1))
 
 
-@_once_per_shape
-def _damped_inverse(matrix, total, damping):
+def damped_inverse(matrix, total, damping):
+    """Returns (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total`."""
+    damping = tf.convert_to_tensor(damping, matrix.dtype)
     damped, identity = _damped(matrix, total, damping, 1 / tf.cast(tf.shape(matrix)[-1], matrix.dtype))
     root = tf.linalg.triangular_solve(tf.linalg.cholesky(damped), tf.broadcast_to(identity, tf.shape(matrix)))
     inverse = matmul(tf.linalg.matrix_transpose(root), root)
@@ -93,8 +90,9 @@ def _damped_inverse(matrix, total, damping):
     return tf.where(tf.math.is_finite(inverse[..., -1:, -1:]), inverse, identity / (damping + total))
 
 
-@_once_per_shape
-def _damped_inverse_root(matrix, total, damping, rows):
+def damped_inverse_root(matrix, total, damping, rows):
+    """Returns RF with RᵀR = (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
+    damping = tf.convert_to_tensor(damping, matrix.dtype)
     damped, identity = _damped(matrix, total, damping, 4)
     factor, bound = tf.linalg.cholesky(damped), damping + total
     factor = tf.where(tf.math.is_finite(factor[..., -1:, -1:]), factor, tf.where(identity > 0, tf.sqrt(bound), 0.0))

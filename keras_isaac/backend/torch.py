@@ -9,6 +9,7 @@ from keras_isaac.backend.torch_derivatives import gate, product, with_gradients
 
 __all__ = ["gate", "product", "with_gradients"]
 
+IS_STATELESS = False
 _TINY = 1e-37  # Stands in for a damping and a matrix that are both zero in float32.
 # Of so many rows, an inverse costs far more than a look whether it is the last one, and is not too large to keep.
 _SHARED = range(128, 1025)
@@ -40,6 +41,11 @@ clip = torch.clamp
 def stop_gradient(tensor):
     """Returns `tensor`, through which no gradient flows."""
     return tensor.detach()
+
+
+def traced_once(function):
+    """Returns `function`: nothing is traced."""
+    return function
 
 
 def transpose(matrix):

@@ -33,10 +33,12 @@ from keras_isaac.backend import (
     relative_damping,
     stop_gradient,
     trace_of_gram,
+    traced_once,
     transpose,
 )
 
 
+@traced_once
 def sample_side(rows, output_gradient, damping, is_relative=False):
     """Returns ζ* = XᵀPG, the gradient of the kernel in `rows @ kernel`: the sample side.
 
@@ -58,6 +60,7 @@ def sample_side(rows, output_gradient, damping, is_relative=False):
     return transpose(rows) @ damped_projection(*gram, output_gradient)
 
 
+@traced_once
 def sample_side_tangent(rows, kernel_tangent, damping, is_relative=False):
     """Returns P X dW, the tangent of `rows @ kernel` for a tangent `[..., in, out]` of the kernel. Its transpose is XᵀPG."""
     rows, kernel_tangent, damping = in_full_precision(rows, kernel_tangent, damping)
@@ -81,6 +84,7 @@ def _sample_gram(rows, damping, is_relative):
     return gram, total, summed_damping(total, damping, rows, None, is_relative)
 
 
+@traced_once
 def condition(gradient, rows, damping, num_rows=None, is_relative=False):
     """Returns λ (λI + FᵀF/s)⁻¹ ∇, a finished gradient conditioned on rows: by the Woodbury form, or on the feature side.
 

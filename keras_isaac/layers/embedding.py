@@ -70,7 +70,7 @@ class ReversibleEmbeddingAdapter:
             return own_call(layer)(layer, inputs, reverse=reverse)
         if not reverse:
             # The layer gives its output a mask, which on JAX nobody else can. There, gradients of tables are dense anyway.
-            if has_lora(layer) or keras.backend.backend() == "jax":
+            if has_lora(layer) or backend.IS_STATELESS:
                 return call_with(layer, _conditioned_values(layer, conditioning_of, inputs), inputs)
             outputs = EmbeddingAdapter.call(layer, conditioning_of, inputs)
             outputs._keras_mask = keras.layers.Embedding.compute_mask(layer, inputs)
