@@ -70,6 +70,7 @@ def test_dense_layers_after_some_steps(num, options):
         np.testing.assert_allclose(numbers(monitor, path), expected, rtol=2e-3)
 
 
+@pytest.mark.often("relative")
 @pytest.mark.parametrize("relative", [False, True], ids=["", "relative"])
 def test_tables_groups_and_shared_layers(relative):
     tokens = keras.Input((6,), dtype="int32")
@@ -112,6 +113,7 @@ def test_the_largest_eigenvalue_of_a_flat_spectrum(size):
     assert float(to_numpy(eigenvalue)) == pytest.approx(10, rel=1e-2)
 
 
+@pytest.mark.often("feature", "Woodbury")
 @pytest.mark.parametrize(("num", "max_rows"), [(4, None), (16, None), (16, 2)], ids=["sample", "feature", "Woodbury"])
 def test_counts_the_inverses_that_give_way(num, max_rows):
     """Of rows that overflow, in two of three layers."""

@@ -448,6 +448,7 @@ COPIES = {
 }
 
 
+@pytest.mark.often("isaac-{}-deepcopy", "isaac-{'include*-clone", "loss scale-{}-pickle")
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("options", [{}, {"include": ".*head"}], ids=str)
 @pytest.mark.parametrize("wrap", [lambda isaac: isaac, LossScaleOptimizer], ids=["isaac", "loss scale"])

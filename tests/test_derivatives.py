@@ -267,6 +267,7 @@ def transforms():
     return {"jacobian": jacobian}
 
 
+@pytest.mark.often("more-rows-*", "fewer-rows-hessian", "fewer-rows-jacobian")
 @pytest.mark.parametrize("transform", transforms())
 @pytest.mark.parametrize("num", [3, 9], ids=["fewer-rows", "more-rows"])
 def test_a_transform_gives_the_plain_derivative_and_a_conditioned_gradient(transform, num):

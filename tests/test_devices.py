@@ -214,6 +214,7 @@ def tensorflow_mirrored(network):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's strategy")
+@pytest.mark.often("32", "sequence")
 @each_network
 def test_mirrored_replicas_condition_on_their_own_rows(network):
     ((actual, (one, other)),) = finish(start(__file__, "tensorflow_mirrored", network))

@@ -133,6 +133,7 @@ def test_damping_schedule_moves_inside_a_compiled_fit():
     assert_differ(scheduled, trained(paper_isaac(damping=0.05), capture_inputs, data, epochs=3))
 
 
+@pytest.mark.often("*nesterov", "*learning_rate-clipnorm", "*ema_momentum", "*accumulation_steps")
 @pytest.mark.parametrize(
     "inner",
     [

@@ -56,7 +56,7 @@ def jax_distributed(width, rank, port):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is JAX's")
-@pytest.mark.parametrize("width", [8, 32])
+@pytest.mark.parametrize("width", [pytest.param(8, marks=pytest.mark.slow), 32])
 def test_jax_processes_condition_on_the_rows_of_all(width):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
