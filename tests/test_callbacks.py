@@ -102,6 +102,28 @@ def test_tables_groups_and_shared_layers(relative):
         assert norm_ratio < cosine < 1
 
 
+@pytest.mark.often("relative-reduce")
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("relative", [False, True], ids=["", "relative"])
+def test_masked_positions_do_not_count_and_a_nest_of_inputs_is_taken(relative, weight_sharing):
+    tokens = keras.Input((6,), dtype="int32", name="tokens")
+    x = layers.Embedding(7, 4, mask_zero=True, name="table")(tokens)
+    model = with_random_weights(keras.Model({"tokens": tokens}, layers.Dense(3, name="head")(x)))
+    options = {"relative_damping": relative, "weight_sharing": weight_sharing}
+    capture_inputs(model).compile(optimizer=paper_isaac(damping=0.2, **options), loss="mse")
+    x, _ = sequences(8)
+    x[:, 0], x[0, 3:] = 5, 0
+    y = np.zeros((8, 6, 3), "float32")
+    embedded, is_token = to_numpy(model.get_layer("table").embeddings)[x], (x != 0)[..., None]
+    rows = embedded[x != 0] if weight_sharing == "expand" else (embedded * is_token).sum(1) / is_token.sum(1)
+    monitor = CurvatureMonitor(({"tokens": x}, y, np.ones((8, 6), "float32")))
+    model.fit({"tokens": x}, y, batch_size=8, verbose=0, callbacks=[monitor])
+    eigenvalues = np.linalg.svd(rows / np.sqrt(len(rows)), compute_uv=False) ** 2
+    unit = eigenvalues.sum() / 4 if relative else 1
+    expected = [eigenvalues.sum() ** 2 / (eigenvalues**2).sum(), eigenvalues.max() / (0.2 * unit)]
+    np.testing.assert_allclose(numbers(monitor, "head/kernel")[:2], expected, rtol=2e-3)
+
+
 @pytest.mark.parametrize("size", [3, 40, 200])
 def test_the_largest_eigenvalue_of_a_flat_spectrum(size):
     """Where most eigenvalues are near the largest."""

@@ -20,8 +20,8 @@ def traced_once(function):
     traced = tf.function(function, autograph=False)
 
     @functools.wraps(function)
-    def call(*args):
-        return (function if tf.executing_eagerly() else traced)(*args)
+    def call(*args, **kwargs):
+        return (function if tf.executing_eagerly() else traced)(*args, **kwargs)
 
     return call
 
