@@ -23,6 +23,10 @@ venv=${KERAS_ISAAC_VENV:-.venv}
 "$venv/bin/mypy"
 
 export TF_CPP_MIN_LOG_LEVEL=3 OMP_NUM_THREADS=1
+# Many tests train the same small network: JAX compiles it once.
+JAX_COMPILATION_CACHE_DIR=$(mktemp -d)
+trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
+export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 failed=0
 for backend in jax tensorflow torch; do
   echo "== $backend"
