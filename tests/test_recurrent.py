@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import BACKEND, paper_isaac, run, to_numpy
+from harness import BACKEND, paper_isaac, run, slow_but_on_torch, to_numpy
 from keras import layers
 from models import fit, weights, with_random_weights
 from oracle import relative_error
@@ -512,6 +512,7 @@ def batch():
     return inputs, np.tanh(inputs[:, 0, :1])
 
 
+@slow_but_on_torch
 @pytest.mark.parametrize(
     "policy",
     ["mixed_float16", *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("float32", "mixed_bfloat16"))],
@@ -570,6 +571,7 @@ def test_kernel_status_and_summary_show_what_is_conditioned(capsys):
     assert all(word in printed for word in noted.note.split())
 
 
+@slow_but_on_torch
 def test_a_monitor_shows_the_spectra_of_the_states():
     inputs, targets = batch()
     lstm, stack = layers.LSTM(UNITS, return_sequences=True), stacked()
