@@ -17,6 +17,11 @@ venv=${KERAS_ISAAC_VENV:-.venv}
 "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e ".[jax,tensorflow,torch,test]"
 # KerasHub without its dependencies: it asks for the whole of TensorFlow, which does not go beside tensorflow-cpu.
 "$venv/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt --no-deps keras-hub regex sentencepiece tokenizers
+# Both packages write into the folder `keras`.
+[ -z "${KERAS_ISAAC_KERAS:-}" ] || {
+  "$venv/bin/pip" uninstall --quiet --yes keras "$KERAS_ISAAC_KERAS"
+  "$venv/bin/pip" install --quiet --disable-pip-version-check --pre --no-deps "$KERAS_ISAAC_KERAS"
+}
 
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
@@ -28,7 +33,7 @@ JAX_COMPILATION_CACHE_DIR=$(mktemp -d)
 trap 'rm -rf "$JAX_COMPILATION_CACHE_DIR"' EXIT
 export JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 failed=0
-for backend in jax tensorflow torch; do
+for backend in ${KERAS_ISAAC_BACKENDS:-jax tensorflow torch}; do
   echo "== $backend"
   KERAS_BACKEND=$backend "$venv/bin/python" -m pytest -n 2 "$@" || failed=1
 done
