@@ -111,6 +111,10 @@ def step_of(layer, inputs, cotangent, optimizer=None, compiled=IS_COMPILED):
     return in_numpy
 
 
+def _like(array, tensor):
+    return keras.ops.convert_to_tensor(array, keras.backend.standardize_dtype(tensor.dtype))
+
+
 def _step_of_jax(layer, inputs, cotangent, optimizer, compiled):
     import jax
 
@@ -121,7 +125,7 @@ def _step_of_jax(layer, inputs, cotangent, optimizer, compiled):
         with scope:
             x = inputs if is_float else fixed_inputs
             outputs, _ = layer.stateless_call(trainable, state, x)
-        return keras.ops.sum(outputs * keras.ops.cast(cotangent, outputs.dtype)), outputs
+        return keras.ops.sum(outputs * _like(cotangent, outputs)), outputs
 
     grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
     grad = jax.jit(grad) if compiled else grad
@@ -148,7 +152,7 @@ def _step_of_tensorflow(layer, inputs, cotangent, optimizer, compiled):
             tape.watch(inputs)
             with scope:
                 outputs = layer(inputs, training=True)
-            loss = tf.reduce_sum(outputs * tf.cast(cotangent, outputs.dtype))
+            loss = tf.reduce_sum(outputs * _like(cotangent, outputs))
         gradients = tape.gradient(loss, [inputs, *variables])
         return outputs, gradients[0], gradients[1:]
 
@@ -160,7 +164,8 @@ def _step_of_tensorflow(layer, inputs, cotangent, optimizer, compiled):
 
 
 def _step_of_torch(layer, inputs, cotangent, optimizer, compiled):
-    inputs = keras.ops.convert_to_tensor(inputs)
+    # The next Keras makes float32 of float64 arrays, unless told.
+    inputs = keras.ops.convert_to_tensor(inputs, str(inputs.dtype))
     is_float = inputs.is_floating_point()
 
     def step():
@@ -169,7 +174,7 @@ def _step_of_torch(layer, inputs, cotangent, optimizer, compiled):
         scope = contextlib.nullcontext() if optimizer is None else optimizer.conditioning()
         with scope:
             outputs = layer(leaf, training=True)
-        (outputs * keras.ops.cast(cotangent, outputs.dtype)).sum().backward()
+        (outputs * _like(cotangent, outputs)).sum().backward()
         gradients = [variable.value.grad for variable in layer.trainable_variables]
         return outputs.detach(), leaf.grad, gradients
 

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import oracle
+import pytest
 from harness import to_numpy
 
 
@@ -52,6 +53,11 @@ def trained(optimizer, capture=None, data=None, compile_options=None, **kwargs):
     model.compile(optimizer=optimizer, loss="mse", **(compile_options or {}))
     fit(model, data or regression(), **kwargs)
     return weights(model)
+
+
+def keras_hub():
+    """KerasHub, which is only tested where it is installed, and for this Keras."""
+    return pytest.importorskip("keras_hub", reason="KerasHub is not installed, or not for this Keras", exc_type=ImportError)
 
 
 def assert_close(actual, expected, tolerance=1e-6):

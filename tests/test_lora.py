@@ -6,7 +6,7 @@ import oracle
 import pytest
 from harness import IS_COMPILED, each_mode, paper_isaac, run, to_numpy
 from keras import layers, ops
-from models import fit
+from models import fit, keras_hub
 from oracle import relative_error
 
 from keras_isaac import capture_inputs, kernel_status
@@ -182,9 +182,9 @@ def test_a_model_quantized_and_captured_in_either_order_trains_alike(mode):
 
 @without_warnings
 def test_a_quantized_backbone_trains():
-    keras_hub = pytest.importorskip("keras_hub")
+    hub = keras_hub()
     keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.GPT2Backbone(
+    backbone = hub.models.GPT2Backbone(
         vocabulary_size=16, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=16, max_sequence_length=6, dropout=0.0
     )
     backbone.quantize("int8")

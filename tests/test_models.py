@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from harness import BACKEND, paper_isaac
 from keras import layers
-from models import assert_differ, weights
+from models import assert_differ, keras_hub, weights
 
 from keras_isaac import capture_inputs, kernel_status
 
@@ -43,8 +43,8 @@ def resnet50():
 
 
 def hub():
-    """KerasHub, which is only tested where it is installed."""
-    return pytest.importorskip("keras_hub", reason="KerasHub is not installed").models
+    """KerasHub's models."""
+    return keras_hub().models
 
 
 def resnet():

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from harness import slow_but_on_torch
+from models import keras_hub
 from test_examples import EXAMPLES, run
 
 
@@ -31,7 +32,7 @@ def test_transfer_learning_beats_chance(tmp_path):
 
 @pytest.mark.slow
 def test_lora_lowers_the_held_out_loss(tmp_path):
-    pytest.importorskip("keras_hub", reason="KerasHub is not installed")
+    keras_hub()
     output = run("recipes/lora.py", "--width", 32, "--samples", 1024, "--epochs", 4, cwd=tmp_path)
     before = float(re.search(r"before LoRA: ([\d.]+)", output).group(1))
     for name in ("AdamW", "ISAAC"):

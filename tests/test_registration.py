@@ -5,7 +5,7 @@ import numpy as np
 import oracle
 import pytest
 from harness import each_mode, paper_isaac, run
-from models import fit
+from models import fit, keras_hub
 from oracle import relative_error
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status, register_adapter, register_layer
@@ -154,14 +154,14 @@ def test_errors():
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("kind", ["mixtral", "qwen_moe"])
 def test_experts_of_keras_hub_train(kind):
-    keras_hub = pytest.importorskip("keras_hub")
+    hub = keras_hub()
     keras.utils.set_random_seed(0)
     sizes = {"vocabulary_size": 16, "num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 2, "hidden_dim": 8}
     if kind == "mixtral":
-        backbone = keras_hub.models.MixtralBackbone(**sizes, intermediate_dim=6, num_experts=3, top_k=1)
+        backbone = hub.models.MixtralBackbone(**sizes, intermediate_dim=6, num_experts=3, top_k=1)
     else:
         sizes |= {"intermediate_dim": 6, "moe_intermediate_dim": 6, "shared_expert_intermediate_dim": 6, "num_experts": 3}
-        backbone = keras_hub.models.QwenMoeBackbone(**sizes, top_k=1)
+        backbone = hub.models.QwenMoeBackbone(**sizes, top_k=1)
     (block,) = (layer for layer, _ in walk(backbone) if hasattr(layer, "expert_bank"))
 
     def sent(block, inputs):
