@@ -5,7 +5,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Sequence
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import keras
 
@@ -13,10 +13,9 @@ from keras_isaac import keras_hooks, scope
 from keras_isaac.captured_layer import capture, captured_alone, is_captured, release
 from keras_isaac.layers import adapter_of
 from keras_isaac.optimizer import isaacs_in, listeners
-from keras_isaac.selection import Selection, check_rules, describe, raise_unsupported, walk
+from keras_isaac.selection import Rule, Selection, check_rules, describe, raise_unsupported, walk
 from keras_isaac.status import why_plain
 
-Rule: TypeAlias = str | keras.Layer
 # A layer, a model, or a model's class: what is given is returned.
 Target = TypeVar("Target", bound=keras.Layer | type)
 

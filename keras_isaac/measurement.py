@@ -18,7 +18,7 @@ _TINY = 1e-37
 
 
 def measurement(model, data):
-    """Returns a function that measures, and returns the the numbers of every conditioned kernel by its path."""
+    """Returns a function that measures, and returns the numbers of every conditioned kernel by its path."""
     optimizers = isaacs_in(model.optimizer)
     if not optimizers:
         raise ValueError(
@@ -26,7 +26,7 @@ def measurement(model, data):
             f"Received: optimizer={model.optimizer}"
         )
     data = keras.tree.map_structure(ops.convert_to_tensor, data)
-    prepare(model, data)
+    _prepare(model, data)
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
 
@@ -83,7 +83,7 @@ def measurement(model, data):
     return lambda: dict(zip(paths, ops.convert_to_numpy(run(data)), strict=True))
 
 
-def prepare(model, data):
+def _prepare(model, data):
     """Builds the model on `data`, where Keras leaves that to its first training step."""
     if not model.built and type(model).call is not keras.Model.call:
         # A model that has no `call` is one of built models, and of a `train_step` of its own.

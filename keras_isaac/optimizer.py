@@ -17,6 +17,7 @@ from keras_isaac.arguments import (
     check_weight_sharing,
     public_config,
 )
+from keras_isaac.optimizer_around import OptimizerAround
 from keras_isaac.participation import Participation
 
 # Functions of an `ISAAC`, called when it is made and when it is built: `capture.py` looks for its model then.
@@ -24,7 +25,7 @@ listeners: list[Callable[[Any], None]] = []
 
 
 @keras.saving.register_keras_serializable(package="keras_isaac")
-class ISAAC(keras.optimizers.Optimizer):
+class ISAAC(OptimizerAround):
     """Optimizer whose gradients carry second-order information taken from the layers' inputs.
 
     It works in a pair with `keras_isaac.capture_inputs`: the captured layers of a model condition the gradients of their
@@ -107,9 +108,7 @@ class ISAAC(keras.optimizers.Optimizer):
             check_number("output_damping", output_damping, "a finite number above 0 or `None`")
         check_weight_sharing(weight_sharing, max_rows)
         check_flags(relative_damping=relative_damping, preserve_norm=preserve_norm, per_replica=per_replica)
-        # The base class keeps a learning rate of its own; as in LossScaleOptimizer, the inner optimizer's is the one in use.
-        super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = build_inner_optimizer(inner_optimizer, learning_rate, kwargs)
+        super().__init__(build_inner_optimizer(inner_optimizer, learning_rate, kwargs), name)
         if isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer) or isaacs_in(self.inner_optimizer):
             raise ValueError(
                 f"`{type(self.inner_optimizer).__name__}` cannot stand inside `ISAAC`. Put it around it: "
@@ -260,79 +259,12 @@ class ISAAC(keras.optimizers.Optimizer):
                 self.build(trainable_variables)
         self.inner_optimizer.apply(grads, trainable_variables)
 
-    def apply_gradients(self, grads_and_vars):
-        """Applies pairs of gradient and variable; returns the iterations."""
-        grads, trainable_variables = zip(*grads_and_vars, strict=True)
-        self.apply(list(grads), trainable_variables)
-        return self.iterations
-
     @property
     def variables(self):
         """The damping, if it is a variable, and the inner optimizer's variables."""
         # During `super().__init__` there is no inner optimizer yet.
         own = [self._damping] if isinstance(getattr(self, "_damping", None), keras.Variable) else []
         return own + self.inner_optimizer.variables
-
-    @property
-    def learning_rate(self):
-        """The inner optimizer's learning rate."""
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate):
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
-    def iterations(self):
-        """The inner optimizer's iterations."""
-        return self.inner_optimizer.iterations
-
-    @property
-    def loss_scale_factor(self):
-        """The inner optimizer's static loss scale, which LossScaleOptimizer and MultiOptimizer set."""
-        inner_optimizer = getattr(self, "inner_optimizer", None)
-        return None if inner_optimizer is None else inner_optimizer.loss_scale_factor
-
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, loss_scale_factor):
-        # The base class sets it before there is an inner optimizer.
-        if hasattr(self, "inner_optimizer"):
-            self.inner_optimizer.loss_scale_factor = loss_scale_factor
-
-    # Callbacks look one level into an optimizer, at these names: in a LossScaleOptimizer they find `ISAAC`.
-
-    @property
-    def use_ema(self):
-        """Whether the inner optimizer averages the weights."""
-        # The base class asks as it builds, and would keep an average of its own.
-        return self.built and self.inner_optimizer.use_ema
-
-    @use_ema.setter
-    def use_ema(self, use_ema):
-        # The base class sets it before there is an inner optimizer.
-        if hasattr(self, "inner_optimizer"):
-            self.inner_optimizer.use_ema = use_ema
-
-    @property
-    def _model_variables_moving_average(self):
-        return self.inner_optimizer._model_variables_moving_average
-
-    def scale_loss(self, loss):
-        """Scales the loss as the inner optimizer does."""
-        return self.inner_optimizer.scale_loss(loss)
-
-    def finalize_variable_values(self, var_list):
-        """Finishes training as the inner optimizer does (its moving average)."""
-        self.inner_optimizer.finalize_variable_values(var_list)
-
-    def exclude_from_weight_decay(self, var_list=None, var_names=None):
-        """Excludes variables from the inner optimizer's weight decay."""
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
-
-    def set_weights(self, weights):
-        """Sets all variables, in the order of `variables`."""
-        for variable, weight in zip(self.variables, weights, strict=True):
-            variable.assign(weight)
 
     def save_own_variables(self, store):
         """Saves the damping; Keras saves the inner optimizer by itself."""

@@ -3,10 +3,14 @@
 import difflib
 import re
 import weakref
+from typing import TypeAlias
 
 import keras
 
 from keras_isaac.layers import adapter_of, supported_kinds
+
+# A layer, or a regular expression of its path.
+Rule: TypeAlias = str | keras.Layer
 
 
 def walk(root, containers=()):

@@ -190,10 +190,8 @@ def _print(model, statuses, batch_size, show_frozen):
     table.add_column("Side", min_width=15, max_width=19)
     table.add_column("Added", justify="right", no_wrap=True)
     table.add_column("of model", justify="right", no_wrap=True)
-    frozen = [status for status in statuses if status.reason == "frozen" and not show_frozen]
-    for status in statuses:
-        if status in frozen:
-            continue
+    hidden = [] if show_frozen else [status for status in statuses if status.reason == "frozen"]
+    for status in statuses if show_frozen else [status for status in statuses if status.reason != "frozen"]:
         kernel = f"{status.path}\n({status.layer})"
         shares = _share(status.added, status.multiplications), _share(status.added, total)
         table.add_row(*map(rich.markup.escape, (kernel, _size(status), _side(status), *shares)))
@@ -207,9 +205,9 @@ def _print(model, statuses, batch_size, show_frozen):
     console.width = max(console.width, console.measure(table, options=widest).minimum)
     with console.capture() as printed:
         console.print(table)
-        if frozen:
+        if hidden:
             console.print(
-                f"Not shown: {len(frozen)} frozen ({sum(status.num_params for status in frozen):,} parameters); "
+                f"Not shown: {len(hidden)} frozen ({sum(status.num_params for status in hidden):,} parameters); "
                 "summary(..., show_frozen=True) shows all."
             )
         if optimizer is not None and not isaacs_in(optimizer):

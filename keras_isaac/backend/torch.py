@@ -5,9 +5,7 @@ import functools
 import torch
 
 from keras_isaac.backend.precision import parts_of, product_of_parts
-from keras_isaac.backend.torch_derivatives import gate, product, with_gradients
-
-__all__ = ["gate", "product", "with_gradients"]
+from keras_isaac.backend.torch_derivatives import gate, product, with_gradients  # noqa: F401 (a part of the interface)
 
 IS_STATELESS = False
 _TINY = 1e-37  # Stands in for a damping and a matrix that are both zero in float32.
