@@ -13,10 +13,12 @@ from keras_isaac.layers.calls import product
 from keras_isaac.scope import Conditioning
 
 BACKEND = keras.backend.backend()
-# The ways in which Keras runs a step: JAX compiles it, PyTorch does not, TensorFlow does both (`run_eagerly`).
+# Keras compiles a step on JAX and TensorFlow, unless `run_eagerly`; on PyTorch it does not. On JAX an eager step takes long,
+# since each operation is compiled by itself.
 IS_COMPILED = BACKEND == "jax"
-MODES = {"jax": ["compiled"], "tensorflow": ["eager", "compiled"], "torch": ["eager"]}[BACKEND]
-each_mode = pytest.mark.parametrize("compiled", [mode == "compiled" for mode in MODES], ids=MODES)
+EAGER = pytest.param(False, marks=pytest.mark.slow if BACKEND == "jax" else (), id="eager")
+MODES = [EAGER] if BACKEND == "torch" else [EAGER, pytest.param(True, id="compiled")]
+each_mode = pytest.mark.parametrize("compiled", MODES)
 
 
 # For what differs little between backends, or takes long where it is compiled.

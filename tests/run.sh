@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sets up a virtual environment with the tested versions and runs all the tests: the form and the types of the code, then each backend in a
-# run of its own, two processes wide, since Keras fixes its backend when it is imported. Arguments go to pytest; without any, the
-# slow tests are left out, and XLA optimizes little, since tests compile far longer than they run. With `-m ""` all tests run on
-# what users run.
+# Sets up a virtual environment with the tested versions and runs all the tests: the form and the types of the code, then each
+# backend in a run of its own, two processes wide, since Keras fixes its backend when it is imported. Arguments go to pytest;
+# without any, the slow tests are left out, and XLA optimizes little, since tests compile far longer than they run. With `-m ""`
+# all tests run on what users run.
 set -euo pipefail
 [ $# -gt 0 ] || {
   set -- -m "not slow"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import test_layers as laws
 from cases import Case, dense
-from harness import MODES
+from harness import IS_COMPILED
 
 from keras_isaac import ISAAC
 
@@ -40,8 +40,7 @@ def test_the_adapter_of_contributing_keeps_the_laws(count_traces):
     assert count == 1
     case = Case("squashing", names["Squashing"], (3, 2, 7), read)
     laws.test_output_outside_a_training_step_is_the_plain_layers(case)
-    for mode in MODES:
-        laws.test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(case, mode == "compiled")
+    laws.test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(case, IS_COMPILED)
     laws.test_huge_damping_gives_the_plain_gradient_and_any_a_direction_of_increase(case)
     laws.test_second_step_compiles_nothing(case, count_traces)
 
