@@ -83,7 +83,7 @@ def trace_of_gram(rows, gram):
 
 def is_in_numbers(matrix):
     """Whether traces and dampings are read as numbers: eager PyTorch pays for operations on tensors, and a CPU has no queue."""
-    if matrix.device.type != "cpu" or matrix.ndim != 2 or matrix.shape[-1] == 0 or torch.compiler.is_compiling():
+    if not _is_on_cpu(matrix) or matrix.ndim != 2 or matrix.shape[-1] == 0 or torch.compiler.is_compiling():
         return False
     try:
         matrix.data_ptr()
@@ -91,6 +91,10 @@ def is_in_numbers(matrix):
         # Under a transform of `torch.func` there is no number to read.
         return False
     return not matrix.requires_grad
+
+
+def _is_on_cpu(matrix):
+    return matrix.device.type == "cpu"
 
 
 def relative_damping(damping, total, rank):
@@ -102,32 +106,37 @@ def relative_damping(damping, total, rank):
 
 def damped_projection(matrix, total, damping, rows):
     """Returns λ (λI + M)⁻¹ X for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
-    return matmul(damping * damped_inverse(matrix, total, damping), rows)
+    if _is_on_cpu(matrix) or matrix.shape[-1] == 0:
+        return matmul(damping * damped_inverse(matrix, total, damping), rows)
+    # A GPU launches less for a solution than for an inverse and a product with it.
+    factor, failed = _factor(matrix, total, damping, 1 / matrix.shape[-1])
+    bounded = damping / (damping + total) * rows
+    return torch.where(failed, bounded, damping * torch.cholesky_solve(rows, factor))
 
 
 def damped_inverse(matrix, total, damping):
     """Returns (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total`."""
     if matrix.shape[-1] == 0:
         return matrix
-    inverse = _inverse_in_numbers(matrix, total, damping) if isinstance(total, float) else None
-    if inverse is not None:
+    if isinstance(total, float) and (inverse := _inverse_in_numbers(matrix, total, damping)) is not None:
         return inverse
-    return _from_factor(matrix, total, damping, 1 / matrix.shape[-1], torch.cholesky_inverse, 1)
+    factor, failed = _factor(matrix, total, damping, 1 / matrix.shape[-1])
+    bounded = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) / (damping + total)
+    return torch.where(failed, bounded, torch.cholesky_inverse(factor))
 
 
 def damped_inverse_root(matrix, total, damping, rows):
     """Returns RF with RᵀR = (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
     if matrix.shape[-1] == 0:
         return rows
-
-    def solve(factor):
-        # From the factor at once, which spares a product.
-        return torch.linalg.solve_triangular(factor, rows, upper=False)
-
     factor = None
     if isinstance(total, float):
-        factor = _factor_if_definite(_damped_in_numbers(matrix, total, damping, 4))
-    whitened = _from_factor(matrix, total, damping, 4, solve, 0.5) if factor is None else solve(factor)
+        factor = _factor_if_definite(_damped(matrix, total, damping, 4))
+    if factor is None:
+        factor, failed = _factor(matrix, total, damping, 4)
+        whitened = torch.where(failed, rows / (damping + total) ** 0.5, _whitened(factor, rows))
+    else:
+        whitened = _whitened(factor, rows)
     return whitened.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -135,14 +144,32 @@ def is_indefinite(matrix, total, damping, is_root=False):
     """Returns for each matrix `[..., k, k]` whether a bound takes the place of its inverse, as `[...]`."""
     if matrix.shape[-1] == 0:
         return torch.zeros(matrix.shape[:-2], dtype=torch.bool, device=matrix.device)
-    _, failed_at = torch.linalg.cholesky_ex(_damped(matrix, total, damping, 4 if is_root else 1 / matrix.shape[-1])[0])
-    return failed_at > 0
+    return _factor(matrix, total, damping, 4 if is_root else 1 / matrix.shape[-1])[1][..., 0, 0]
 
 
-def _damped_in_numbers(matrix, total, damping, floor):
+def _damped(matrix, total, damping, floor):
+    """Returns λI + M for a λ of at least `floor` times the trace's epsilon."""
+    epsilon = floor * torch.finfo(matrix.dtype).eps
+    if isinstance(total, float):
+        in_force = max(float(damping), epsilon * total + _TINY)
+    else:
+        in_force = torch.maximum(epsilon * total + _TINY, damping)[..., 0]
     damped = matrix.clone()
-    damped.diagonal().add_(max(float(damping), torch.finfo(matrix.dtype).eps * floor * total + _TINY))
+    damped.diagonal(dim1=-2, dim2=-1).add_(in_force)
     return damped
+
+
+def _factor(matrix, total, damping, floor):
+    """Returns the Cholesky factor of λI + M, and whether there is none, as `[..., 1, 1]`; what stands for it then is regular."""
+    # The `_ex` form neither raises nor waits for the device.
+    factor, failed_at = torch.linalg.cholesky_ex(_damped(matrix, total, damping, floor))
+    failed = (failed_at > 0)[..., None, None]
+    return factor.masked_fill(failed, 1.0), failed
+
+
+def _whitened(factor, rows):
+    # From the factor at once, which spares a product.
+    return torch.linalg.solve_triangular(factor, rows, upper=False)
 
 
 def _factor_if_definite(matrix):
@@ -153,7 +180,7 @@ def _factor_if_definite(matrix):
 def _inverse_in_numbers(matrix, total, damping):
     """Returns the inverse, or `None`. Layers that share their input, as query, key and value do, share its inverse."""
     global _last
-    damped = _damped_in_numbers(matrix, total, damping, 1 / matrix.shape[-1])
+    damped = _damped(matrix, total, damping, 1 / matrix.shape[-1])
     last_matrix, last_inverse = _last
     if damped.shape == last_matrix.shape and damped.dtype == last_matrix.dtype and torch.equal(damped, last_matrix):
         return last_inverse
@@ -162,29 +189,6 @@ def _inverse_in_numbers(matrix, total, damping):
     if damped.shape[-1] in _SHARED:
         _last = damped, inverse
     return inverse
-
-
-def _from_factor(matrix, total, damping, floor, inverse_of, power):
-    damped, identity = _damped(matrix, total, damping, floor)
-    bound = damping + total
-    # The `_ex` form neither raises nor waits for the device.
-    factor, failed_at = torch.linalg.cholesky_ex(damped)
-    failed = (failed_at > 0)[..., None, None]
-    inverse = inverse_of(torch.where(failed, identity, factor))
-    return torch.where(failed, inverse / bound**power, inverse)
-
-
-def _damped(matrix, total, damping, floor):
-    """Returns λI + M for a λ of at least `floor` times the trace's epsilon, and I."""
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    in_force = _at_least(total * (floor * torch.finfo(matrix.dtype).eps) + _TINY, damping)
-    return matrix + in_force * identity, identity
-
-
-def _at_least(a, b):
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return a.clamp(min=b) if isinstance(a, torch.Tensor) else b.clamp(min=a)
-    return max(a, b)
 
 
 def gradients_of(function, tensors):
