@@ -18,6 +18,7 @@ Each run is a line of `results/TASK.jsonl` (or of the folder that KERAS_ISAAC_RE
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -46,16 +47,22 @@ class Method(NamedTuple):
     """How an optimizer is made, and where the search for its best setting starts.
 
     Args:
-        make: function without arguments, returns the optimizer; `None` for K-FAC, which has a trainer of its own.
+        make: function without arguments, returns the optimizer; `None` for K-FAC, whose trainer needs none.
         learning_rate: float, where the search starts.
         second: float, the same of the damping of ISAAC, or of the weight decay of another optimizer.
+        damping: float, of ISAAC where the second number is its inner optimizer's weight decay. Defaults to `None`: it is not.
         is_constant: boolean, whether the learning rate stays after the warm-up.
+        damping_power: float; the damping is multiplied by the schedule of the learning rate (of 1 at its peak) to this power.
+        trainer: name of the module, and of the class in it, that trains by this method. Defaults to this one's.
     """
 
     make: object
     learning_rate: float
     second: float
+    damping: float | None = None
     is_constant: bool = False
+    damping_power: float = 0.0
+    trainer: str = "evidence.Trainer"
 
 
 NOT_MUON = "embedding|logits"
@@ -66,10 +73,17 @@ METHODS = {
     "ISAAC + AdamW": Method(ISAAC, 1e-3, 1.0),
     "ISAAC + Muon": Method(lambda: ISAAC(inner_optimizer=Muon(exclude=NOT_MUON)), 1e-3, 1.0),
     "ISAAC + SOAP": Method(lambda: ISAAC(inner_optimizer=SOAP()), 3e-3, 1.0),
+    "ISAAC + AdamW, decay": Method(ISAAC, 3e-3, 0.04, damping=0.3),
+    "ISAAC + Muon, decay": Method(lambda: ISAAC(inner_optimizer=Muon(exclude=NOT_MUON)), 3e-3, 0.04, damping=0.3),
     "momentum": Method(lambda: SGD(momentum=0.9, weight_decay=0.0), 0.1, 1e-4),
     "Lion": Method(Lion, 1e-4, 0.1),
-    "ScheduleFreeAdamW": Method(lambda: ScheduleFreeAdamW(weight_decay=0.0), 0.003, 0.01, True),
-    "K-FAC": Method(None, 0.3, 0.1),
+    "ScheduleFreeAdamW": Method(lambda: ScheduleFreeAdamW(weight_decay=0.0), 0.003, 0.01, is_constant=True),
+    "K-FAC": Method(None, 0.3, 0.1, trainer="kfac.KfacTrainer"),
+    # What was tried to better ISAAC.
+    "falling damping": Method(ISAAC, 1e-3, 1.0, damping_power=1.0),
+    "rising damping": Method(ISAAC, 1e-3, 1.0, damping_power=-1.0),
+    "memory + AdamW": Method(ISAAC, 1e-3, 1.0, trainer="memory.MemoryTrainer"),
+    "memory + Muon": Method(lambda: ISAAC(inner_optimizer=Muon(exclude=NOT_MUON)), 1e-3, 1.0, trainer="memory.MemoryTrainer"),
 }
 # It is of dense layers, and trains the paper's networks.
 KFAC_TASKS = ("classifier", "autoencoder")
@@ -97,11 +111,14 @@ class Trainer:
         trainable, others, optimizer_variables = state
         set_to = {id(self.optimizer.learning_rate): learning_rate * self._schedule(number, total)}
         scope = contextlib.nullcontext()
+        damping, decays = second, self.optimizer
+        if self.method.damping is not None:
+            damping, decays = self.method.damping, self.optimizer.inner_optimizer
         if self.is_isaac:
-            set_to[id(self.optimizer.damping)] = second
-        else:
+            set_to[id(self.optimizer.damping)] = damping * self._schedule(number, total) ** self.method.damping_power
+        if not self.is_isaac or self.method.damping is not None:
             # It is no variable: it is read while the step is traced.
-            self.optimizer.weight_decay = second
+            decays.weight_decay = second
         optimizer_variables = [
             set_to.get(id(variable), value)
             for variable, value in zip(self.optimizer.variables, optimizer_variables, strict=True)
@@ -183,11 +200,8 @@ class Trainer:
 
 def make_trainer(task, method):
     """Returns what trains a task under a method."""
-    if method.make is None:
-        from kfac import KfacTrainer
-
-        return KfacTrainer(task, method)
-    return Trainer(task, method)
+    module, name = method.trainer.split(".")
+    return getattr(importlib.import_module(module), name)(task, method)
 
 
 def load(task):

@@ -412,7 +412,10 @@ def main():
     results = []
     for name, benchmark in benchmarks.items():
         print(f"{name}: time of a step", flush=True)
-        results += measure(name, benchmark, arguments, package, fresh.get(name, {}))
+        for result in measure(name, benchmark, arguments, package, fresh.get(name, {})):
+            (_, plain, _), (_, captured, _), (_, ratio, _) = (result[key] for key in ("plain_ms", "captured_ms", "ratio"))
+            print(f"  {result['contender']}: {plain:.2f} → {captured:.2f} ms ({ratio:.3f})", flush=True)
+            results.append(result)
     device, _, _ = find_device()
     title = f"The cost of a captured step: Keras {keras.version()}, {keras.backend.backend()}, {device}"
     print_table(results, title)

@@ -160,7 +160,7 @@ def _damped(matrix, total, damping, floor):
 
 
 def _factor(matrix, total, damping, floor):
-    """Returns the Cholesky factor of λI + M, and whether there is none, as `[..., 1, 1]`; what stands for it then is regular."""
+    """Returns the Cholesky factor of λI + M, or another regular one, and whether it is another, as `[..., 1, 1]`."""
     # The `_ex` form neither raises nor waits for the device.
     factor, failed_at = torch.linalg.cholesky_ex(_damped(matrix, total, damping, floor))
     failed = (failed_at > 0)[..., None, None]
