@@ -160,7 +160,7 @@ def take_path_of_cuda():
     """Lets the package treat CPU tensors as it treats those on a GPU."""
     from keras_isaac.backend import torch
 
-    torch.is_in_numbers = lambda matrix: False
+    torch.is_on_cpu = lambda matrix: False
 
 
 def count_torch(benchmark, is_captured, inner):

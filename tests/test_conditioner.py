@@ -203,9 +203,9 @@ def test_non_finite_in_non_finite_out_and_no_exception(shape, bad, where, compil
 
 
 def test_both_sides_are_one_matrix():
-    rows, gradient = (ops.convert_to_tensor(x) for x in normal((8, 8), (8, 5)))
-    damping = ops.convert_to_tensor(np.float32(0.5))
-    feature = to_numpy(condition(ops.transpose(rows) @ gradient, rows, damping))
+    rows, gradient = normal((8, 8), (8, 5))
+    tensors = (ops.convert_to_tensor(np.asarray(x, "float32")) for x in (rows.T @ gradient, rows, 0.5))
+    feature = to_numpy(condition(*tensors))
     assert relative_error(conditioned(rows, gradient, 0.5), feature) < 1e-5
 
 

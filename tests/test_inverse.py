@@ -17,12 +17,30 @@ def _positive_definite(*shape, seed=0):
     return (factor @ np.swapaxes(factor, -2, -1) / shape[-1]).astype("float32")
 
 
+@pytest.fixture(params=["as it is", "of a GPU"] if BACKEND == "torch" else ["as it is"])
+def path(request, monkeypatch):
+    """On PyTorch the path of a GPU too, which reads no numbers."""
+    if request.param == "of a GPU":
+        from keras_isaac.backend import torch
+
+        monkeypatch.setattr(torch, "is_on_cpu", lambda matrix: False)
+
+
+def total_of(matrix):
+    # On PyTorch a number, where it reads one. On JAX the trace of a Gram matrix is read off its rows, which these have not.
+    return backend.trace_of_gram(matrix, matrix) if BACKEND == "torch" else backend.trace(matrix)
+
+
 def damped_inverse(matrix, damping):
-    return backend.damped_inverse(matrix, backend.trace_of_gram(matrix, matrix), damping)
+    return backend.damped_inverse(matrix, total_of(matrix), damping)
+
+
+def damped_projection(matrix, damping, rows):
+    return backend.damped_projection(matrix, total_of(matrix), damping, rows)
 
 
 def damped_inverse_root(matrix, damping, rows):
-    return backend.damped_inverse_root(matrix, backend.trace_of_gram(matrix, matrix), damping, rows)
+    return backend.damped_inverse_root(matrix, total_of(matrix), damping, rows)
 
 
 def both_ways(function, *arrays):
@@ -31,7 +49,8 @@ def both_ways(function, *arrays):
     return [to_numpy(way(*tensors)) for way in (function, jit(function))]
 
 
-@pytest.mark.often("(2,)", "(64,)", "(65,)", "(3, 5)")
+@pytest.mark.usefixtures("path")
+@pytest.mark.often("*(2,)*", "*(64,)*", "*(65,)*", "*(3, 5)*")
 @pytest.mark.parametrize("shape", [(1,), (2,), (31,), (32,), (64,), (65,), (100,), (3, 5), (2, 70)], ids=str)
 def test_is_the_inverse(shape):
     matrix = _positive_definite(*shape)
@@ -40,12 +59,16 @@ def test_is_the_inverse(shape):
     for actual in both_ways(damped_inverse, matrix, 0.3):
         assert relative_error(actual, np.linalg.inv(matrix + 0.3 * np.eye(shape[-1]))) < 5e-6
     rows = np.random.default_rng(1).normal(size=(*shape, 3))
+    expected = 0.3 * np.linalg.solve(matrix + 0.3 * np.eye(shape[-1]), rows)
+    for actual in both_ways(damped_projection, matrix, 0.3, rows):
+        assert relative_error(actual, expected) < 5e-6
     expected = np.linalg.solve(np.linalg.cholesky(matrix + 0.3 * np.eye(shape[-1])), rows)
     for actual in both_ways(damped_inverse_root, matrix, 0.3, rows):
         assert relative_error(actual, expected) < 5e-6
 
 
-@pytest.mark.often("*-3")
+@pytest.mark.usefixtures("path")
+@pytest.mark.often("*-3", "*-3-*")
 @pytest.mark.parametrize("size", [3, 70])
 @pytest.mark.parametrize("bad", ["negative", "indefinite", "singular", "infinite", "nan"])
 def test_indefinite_is_bounded_and_nan_stays_so_and_nothing_raises(size, bad):
@@ -67,6 +90,14 @@ def test_indefinite_is_bounded_and_nan_stays_so_and_nothing_raises(size, bad):
             assert relative_error(actual, expected) < 1e-5
         else:
             np.testing.assert_allclose(actual, np.eye(size) / np.trace(matrix), rtol=1e-5)
+    rows = np.random.default_rng(1).normal(size=(size, 2))
+    for actual in both_ways(damped_projection, matrix, 1e-20, rows):
+        if bad == "nan":
+            assert not np.isfinite(actual).all()
+        elif bad == "infinite":
+            np.testing.assert_array_equal(actual, 0)
+        elif bad != "singular":
+            np.testing.assert_allclose(actual, 1e-20 * rows / np.trace(matrix), rtol=1e-5)
     for actual in both_ways(damped_inverse_root, matrix, 1e-20, np.eye(size)):
         if bad in ("infinite", "nan"):
             np.testing.assert_array_equal(actual, 0)
@@ -76,6 +107,7 @@ def test_indefinite_is_bounded_and_nan_stays_so_and_nothing_raises(size, bad):
             np.testing.assert_allclose(actual, np.eye(size) / np.sqrt(np.trace(matrix)), rtol=1e-5)
 
 
+@pytest.mark.usefixtures("path")
 def test_one_bad_matrix_leaves_the_others_of_its_batch_alone():
     matrices = np.stack([np.eye(3), np.diag([2.0, -1.0, 2.0]), 2 * np.eye(3)])
     for actual in both_ways(damped_inverse, matrices, 0.0):
@@ -93,6 +125,8 @@ def test_of_nothing_is_nothing():
 def test_what_was_inverted_last_is_not_inverted_again(monkeypatch):
     import torch
 
+    if torch.cuda.is_available():
+        pytest.skip("a GPU's path looks at no values")
     factored, cholesky_ex = [], torch.linalg.cholesky_ex
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: factored.append(matrix) or cholesky_ex(matrix))
     matrix = _positive_definite(128)

@@ -405,6 +405,8 @@ def test_a_norm_is_that_of_the_plain_gradient():
 def test_every_part_of_a_gradient_is_conditioned_once_where_the_loss_holds_derivatives(make, holds_outputs):
     layer, inputs, cotangent = data(Case("", make))
     cotangent = keras.ops.convert_to_tensor(cotangent)
+    if "cuda" in str(getattr(cotangent, "device", "")):
+        pytest.skip("cuDNN has no second derivative")
 
     def loss(call, x):
         # The first derivative of a linear function does not need the value of the outputs.

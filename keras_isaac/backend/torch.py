@@ -83,7 +83,7 @@ def trace_of_gram(rows, gram):
 
 def is_in_numbers(matrix):
     """Whether traces and dampings are read as numbers: eager PyTorch pays for operations on tensors, and a CPU has no queue."""
-    if not _is_on_cpu(matrix) or matrix.ndim != 2 or matrix.shape[-1] == 0 or torch.compiler.is_compiling():
+    if not is_on_cpu(matrix) or matrix.ndim != 2 or matrix.shape[-1] == 0 or torch.compiler.is_compiling():
         return False
     try:
         matrix.data_ptr()
@@ -93,7 +93,7 @@ def is_in_numbers(matrix):
     return not matrix.requires_grad
 
 
-def _is_on_cpu(matrix):
+def is_on_cpu(matrix):
     return matrix.device.type == "cpu"
 
 
@@ -106,7 +106,7 @@ def relative_damping(damping, total, rank):
 
 def damped_projection(matrix, total, damping, rows):
     """Returns λ (λI + M)⁻¹ X for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
-    if _is_on_cpu(matrix) or matrix.shape[-1] == 0:
+    if is_on_cpu(matrix) or matrix.shape[-1] == 0:
         return matmul(damping * damped_inverse(matrix, total, damping), rows)
     # A GPU launches less for a solution than for an inverse and a product with it.
     factor, failed = _factor(matrix, total, damping, 1 / matrix.shape[-1])
