@@ -94,6 +94,7 @@ def is_in_numbers(matrix):
 
 
 def is_on_cpu(matrix):
+    """Whether a matrix can be looked at without waiting for its device."""
     return matrix.device.type == "cpu"
 
 
