@@ -18,6 +18,7 @@ Each run is a line of `results/TASK.jsonl` (or of the folder that KERAS_ISAAC_RE
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import math
@@ -65,6 +66,17 @@ class Method(NamedTuple):
     trainer: str = "evidence.Trainer"
 
 
+class FirstFactor(ISAAC):
+    """ISAAC that leaves the second of LoRA's factors plain."""
+
+    def conditioning_of_step(self, *args, **kwargs):
+        """Returns what is asked of the layers in this step."""
+        conditioning = super().conditioning_of_step(*args, **kwargs)
+        return dataclasses.replace(
+            conditioning, trains=lambda kernel: conditioning.trains(kernel) and "lora_kernel_b" not in kernel.path
+        )
+
+
 NOT_MUON = "embedding|logits"
 METHODS = {
     "AdamW": Method(AdamW, 1e-3, 0.004),
@@ -79,12 +91,14 @@ METHODS = {
     "Lion": Method(Lion, 1e-4, 0.1),
     "ScheduleFreeAdamW": Method(lambda: ScheduleFreeAdamW(weight_decay=0.0), 0.003, 0.01, is_constant=True),
     "K-FAC": Method(None, 0.3, 0.1, trainer="kfac.KfacTrainer"),
-    # What was tried to better ISAAC.
     "falling damping": Method(ISAAC, 1e-3, 1.0, damping_power=1.0),
     "rising damping": Method(ISAAC, 1e-3, 1.0, damping_power=-1.0),
+    "first factor": Method(FirstFactor, 1e-3, 1.0),
     "memory + AdamW": Method(ISAAC, 1e-3, 1.0, trainer="memory.MemoryTrainer"),
     "memory + Muon": Method(lambda: ISAAC(inner_optimizer=Muon(exclude=NOT_MUON)), 1e-3, 1.0, trainer="memory.MemoryTrainer"),
 }
+# What was tried to better ISAAC, and is compared with it alone.
+TRIED = ("falling damping", "rising damping", "first factor", "memory + AdamW", "memory + Muon")
 # It is of dense layers, and trains the paper's networks.
 KFAC_TASKS = ("classifier", "autoencoder")
 

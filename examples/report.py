@@ -12,10 +12,12 @@ import math
 import statistics
 from pathlib import Path
 
-from evidence import HORIZONS, METHODS, NUM_CHECKS, RESULTS, load, neighbours, searched
+from evidence import HORIZONS, METHODS, NUM_CHECKS, RESULTS, TRIED, load, neighbours, searched
 
 PAIRS = [("ISAAC + AdamW", "AdamW"), ("ISAAC + Muon", "Muon"), ("ISAAC + SOAP", "SOAP")]
-PAIRS += [("ISAAC + AdamW", "Muon"), ("ISAAC + AdamW", "SOAP")]
+PAIRS += [("ISAAC + AdamW", "Muon"), ("ISAAC + AdamW", "SOAP"), ("ISAAC + AdamW, decay", "AdamW")]
+PAIRS += [("ISAAC + AdamW, decay", "Muon"), ("ISAAC + Muon, decay", "Muon")]
+COMPARED = [method for method in METHODS if method not in TRIED]
 
 
 def best_setting(runs, method, horizon):
@@ -55,22 +57,25 @@ def markdown(header, rows):
         print("| " + " | ".join(map(str, row)) + " |")
 
 
-def print_comparison(tasks, horizon):
+def print_comparison(tasks, horizon, methods, title):
     """Prints the test loss of every task and method; the least is bold."""
-    rows = []
+    found = {}
     for task in tasks:
-        runs, means = load(task), {}
-        for method in METHODS:
-            if chosen := best_runs(runs, method, horizon):
-                means[method] = mean_and_error(run["loss"] for run in chosen.values())
-        if means:
-            least = min(means, key=means.get)
-            cells = {method: show(*each) for method, each in means.items()}
-            cells[least] = f"**{cells[least]}**"
-            rows.append([task, *(cells.get(method, "") for method in METHODS)])
+        runs = load(task)
+        chosen = {method: best_runs(runs, method, horizon) for method in methods}
+        means = {method: mean_and_error(run["loss"] for run in each.values()) for method, each in chosen.items() if each}
+        if len(means) > 1:
+            found[task] = means
+    columns = [method for method in methods if any(method in means for means in found.values())]
+    rows = []
+    for task, means in found.items():
+        cells = {method: show(*each) for method, each in means.items()}
+        least = min(means, key=means.get)
+        cells[least] = f"**{cells[least]}**"
+        rows.append([task, *(cells.get(method, "") for method in columns)])
     if rows:
-        print(f"\nTest loss, horizon {horizon}")
-        markdown(["task", *METHODS], rows)
+        print(f"\n{title}, horizon {horizon}")
+        markdown(["task", *columns], rows)
 
 
 def part_to(losses, target):
@@ -166,7 +171,7 @@ def save_pictures(tasks, folder):
         for axis in axes.flat[len(tasks) :]:
             axis.set_axis_off()
         for axis, task in zip(axes.flat, tasks, strict=False):
-            for place, method in enumerate(METHODS):
+            for place, method in enumerate(COMPARED):
                 points = draw(load(task), method)
                 if points:
                     style = {"linewidth": 2.2} if "ISAAC" in method else {"linewidth": 1.2, "linestyle": "--"}
@@ -216,7 +221,8 @@ def main():
     arguments = parser.parse_args()
     tasks = [path.stem for path in sorted(RESULTS.glob("*.jsonl"))]
     for horizon in HORIZONS:
-        print_comparison(tasks, horizon)
+        print_comparison(tasks, horizon, COMPARED, "Test loss")
+        print_comparison(tasks, horizon, ["ISAAC + AdamW", "ISAAC + Muon", *TRIED], "What was tried: test loss")
         print_pairs(tasks, horizon)
         print_defaults(tasks, horizon)
     for task in tasks:
