@@ -154,6 +154,53 @@ def test_kfac_starts_from_the_tasks_model_and_learns(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+MEMORY = """
+import evidence, tasks
+import keras, numpy as np
+
+def build(seed):
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((7, 6))
+    x = keras.layers.Conv1D(5, 3)(keras.layers.MultiHeadAttention(2, 3)(inputs, inputs))
+    return keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
+
+x = np.random.default_rng(0).normal(size=(24, 7, 6)).astype("float32")
+data = (x, (x[:, 0, 0] > x[:, 1, 1]).astype("int32"))
+task = tasks.TASKS["classifier"]._replace(build=build, data=lambda: (data, data, data), batch_size=12, steps=40)
+gradients = []
+for method in ("ISAAC + AdamW", "memory + AdamW"):
+    trainer = evidence.make_trainer(task, evidence.METHODS[method])
+    # Without a memory, it is ISAAC.
+    trainer.average, trainer.inverse_every = 0.0, 1
+    apply = trainer.optimizer.stateless_apply
+    trainer.optimizer.stateless_apply = lambda *args, apply=apply: gradients.append(args[1]) or apply(*args)
+    trainer._step(trainer.start(0), 5.0, np.arange(12), 1e-3, 0.1, 100.0, *data)
+for ours, theirs in zip(*gradients, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+"""
+
+
+@slow_but_on_torch
+def test_curvature_with_a_memory_of_no_steps_is_isaac(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])}
+    command = [sys.executable, "-W", "ignore", "-c", MEMORY]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_trees_are_chosen_on_validation_data(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    trees = load_example("trees")
+    monkeypatch.setattr(trees, "NUM_TREES", 20)
+    x = np.random.default_rng(0).normal(size=(300, 3))
+    y = (x[:, :1] > 0).astype("float64")
+    *_, count, validation, test = trees.best_of(
+        [(x[place], y[place]) for place in (slice(100), slice(100, 200), slice(200, 300))]
+    )
+    assert count <= 20
+    assert max(validation, test) < y.var() / 2
+
+
 @slow_but_on_torch
 def test_the_papers_experiments_are_kept_whole(tmp_path, monkeypatch):
     shutil.copytree(EXAMPLES / "results", tmp_path / "results")
