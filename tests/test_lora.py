@@ -1,5 +1,7 @@
 """LoRA where the table of cases does not reach: one factor alone, masks, tables in reverse, quantized layers."""
 
+import warnings
+
 import keras
 import numpy as np
 import oracle
@@ -9,7 +11,7 @@ from keras import layers, ops
 from models import fit, keras_hub
 from oracle import relative_error
 
-from keras_isaac import capture_inputs, kernel_status
+from keras_isaac import ISAAC, capture_inputs, kernel_status
 
 
 def with_lora(layer, input_shape, mode=None, seed=0):
@@ -199,3 +201,26 @@ def test_a_quantized_backbone_trains():
     tokens = {"token_ids": random.integers(0, 16, (8, 6)), "padding_mask": np.ones((8, 6), "int32")}
     losses = fit(model, (tokens, random.normal(size=(8, 3))), epochs=4).history["loss"]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("mode", ["gptq", "awq"])
+def test_modes_that_keep_no_gradient_for_factors_train_beside_the_rest(mode):
+    """Keras refuses LoRA beside the one, and leaves it out of the call of the other."""
+    if not hasattr(keras.quantizers, "AWQConfig"):
+        pytest.skip("of a later Keras")
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16), keras.layers.Dense(4, name="head")])
+    quantized, head = model.layers
+    make_config = {"gptq": keras.quantizers.GPTQConfig, "awq": keras.quantizers.AWQConfig}[mode]
+    config = make_config(dataset=None, tokenizer=None, num_samples=1, sequence_length=8, group_size=-1)
+    quantized.quantize(mode, config=config)
+    if mode == "awq":
+        quantized.enable_lora(2)
+    capture_inputs(model).compile(optimizer=ISAAC(0.1), loss="mse")
+    before = keras.ops.convert_to_numpy(head.kernel)
+    x = np.random.default_rng(0).normal(size=(12, 8)).astype("float32")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Gradients do not exist for variables", UserWarning)
+        model.train_on_batch(x, np.zeros((12, 4), "float32"))
+    assert np.abs(keras.ops.convert_to_numpy(head.kernel) - before).max() > 0.01
+    reasons = {status.reason for status in kernel_status(model) if status.trainable and status.path.startswith(quantized.path)}
+    assert reasons == {"quantized"}
