@@ -379,11 +379,11 @@ TASKS = {
     "diamonds": Task(regressor(26, 128), squared_error, diamonds, 64, 1500),
     "classifier": Task(classifier, cross_entropy, images, 60, 900, ACCURACY),
     "cnn": Task(cnn, cross_entropy, images, 60, 400, ACCURACY),
-    "reviews": Task(encoder, cross_entropy, reviews, 16, 200, ACCURACY),
-    "reviews-lora": Task(functools.partial(encoder, rank=8), cross_entropy, reviews, 16, 200, ACCURACY),
     "lora": Task(lora, cross_entropy, code, 16, 200),
     "transformer": Task(transformer, cross_entropy, prose, 16, 400),
     "python": Task(transformer, cross_entropy, library, 16, 1600),
     "autoencoder": Task(autoencoder, squared_error, autoencoder_data, 60, 600),
     "poisson": Task(poisson_network, poisson_residual, poisson, 64, 2000, {}, poisson_error),
+    "reviews": Task(encoder, cross_entropy, reviews, 16, 200, ACCURACY),
+    "reviews-lora": Task(functools.partial(encoder, rank=8), cross_entropy, reviews, 16, 200, ACCURACY),
 }

@@ -114,6 +114,12 @@ def test_one_bad_matrix_leaves_the_others_of_its_batch_alone():
         np.testing.assert_allclose(actual, [np.eye(3), np.eye(3) / 3, np.eye(3) / 2], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("path")
+def test_a_pivot_of_zero_raises_nothing():
+    for actual in both_ways(damped_inverse, np.diag([1.0, 1.0, -0.5]), 0.5):
+        np.testing.assert_allclose(actual, np.eye(3) / 2, rtol=1e-6)
+
+
 def test_of_nothing_is_nothing():
     for actual in both_ways(damped_inverse, np.zeros((2, 0, 0)), 1.0):
         assert actual.shape == (2, 0, 0)

@@ -165,6 +165,7 @@ def _factor(matrix, total, damping, floor):
     # The `_ex` form neither raises nor waits for the device.
     factor, failed_at = torch.linalg.cholesky_ex(_damped(matrix, total, damping, floor))
     failed = (failed_at > 0)[..., None, None]
+    # An inverse from a factor with a zero on its diagonal raises on a CPU.
     return factor.masked_fill(failed, 1.0), failed
 
 
