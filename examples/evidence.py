@@ -97,10 +97,9 @@ METHODS = {
     "rising damping": Method(ISAAC, 1e-3, 1.0, damping_power=-1.0),
     "first factor": Method(FirstFactor, 1e-3, 1.0),
     "memory + AdamW": Method(ISAAC, 1e-3, 1.0, trainer="memory.MemoryTrainer"),
-    "memory + Muon": Method(lambda: ISAAC(inner_optimizer=Muon(exclude=NOT_MUON)), 1e-3, 1.0, trainer="memory.MemoryTrainer"),
 }
 # What was tried to better ISAAC, and is compared with it alone.
-TRIED = ("falling damping", "rising damping", "first factor", "memory + AdamW", "memory + Muon")
+TRIED = ("falling damping", "rising damping", "first factor", "memory + AdamW")
 # It is of dense layers, and trains the paper's networks.
 KFAC_TASKS = ("classifier", "autoencoder")
 

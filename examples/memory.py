@@ -1,7 +1,7 @@
-"""Curvature with a memory, as methods of `evidence.py`: a moving average of XᵀX, where ISAAC takes that of the batch alone.
+"""Curvature with a memory, as a method of `evidence.py`: a moving average of XᵀX, where ISAAC takes that of the batch alone.
 
-Around AdamW it is FOOF ([Benzing, 2022](https://arxiv.org/abs/2201.12250)), around Muon Newton-Muon (arXiv 2604.01472). The
-average is a matrix `[in, in]` of every kernel, so that its inverse costs what ISAAC spares; it is renewed every few steps.
+It is FOOF ([Benzing, 2022](https://arxiv.org/abs/2201.12250)) around AdamW. The average is a matrix `[in, in]` of every kernel,
+so that its inverse costs what ISAAC spares; it is renewed every few steps.
 Tables of embeddings stay plain.
 """
 
@@ -24,7 +24,7 @@ class MemoryTrainer(Trainer):
         trainable, others, initial = super().start(seed)
         (x, y), *_ = self.parts
         batch = (each[: self.task.batch_size] for each in (x, y))
-        (_, (_, _, grams)), _ = jax.eval_shape(self._gradients, trainable, others, initial, *batch)
+        (_, (_, grams)), _ = jax.eval_shape(self._gradients, trainable, others, initial, *batch)
         memory = {place: (jnp.zeros(gram.shape), jnp.zeros(gram.shape)) for place, (gram, _) in grams.items()}
         return trainable, others, (initial, memory)
 
@@ -32,7 +32,7 @@ class MemoryTrainer(Trainer):
         trainable, others, (variables, memory) = state
         set_to = {id(self.optimizer.learning_rate): learning_rate * self._schedule(number, total)}
         variables = [set_to.get(id(each), value) for each, value in zip(self.optimizer.variables, variables, strict=True)]
-        (loss, (_, others, grams)), gradients = self._gradients(trainable, others, variables, x[places], y[places])
+        (loss, (others, grams)), gradients = self._gradients(trainable, others, variables, x[places], y[places])
         new_memory = {}
         for place, (gram, rank) in grams.items():
             mean, inverse = memory[place]
@@ -52,7 +52,7 @@ class MemoryTrainer(Trainer):
         return (trainable, others, (variables, new_memory)), loss
 
     def _gradients(self, trainable, others, variables, x, y):
-        """Returns the loss and the plain gradients, and of each kernel that is no table XᵀX/r and its rank."""
+        """Returns the loss, with the other variables and the kernels' XᵀX/r and ranks, and the plain gradients."""
         positions = {id(variable): place for place, variable in enumerate(self.model.trainable_variables)}
         mapping = list(zip(self.optimizer.variables, variables, strict=True))
 
@@ -72,6 +72,6 @@ class MemoryTrainer(Trainer):
             with open_scope(conditioning):
                 call, updated = self._call(trainable, others)
                 loss = self.task.loss(call, x, y)
-            return loss, (None, updated[-1], grams)
+            return loss, (updated[-1], grams)
 
         return jax.value_and_grad(loss_of, has_aux=True)(trainable)
