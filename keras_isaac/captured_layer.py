@@ -3,7 +3,7 @@
 import contextlib
 import weakref
 
-from keras_isaac import keras_hooks, scope
+from keras_isaac import backend, keras_hooks, scope
 from keras_isaac.layers import adapter_of, kernels_of
 from keras_isaac.selection import walk
 
@@ -58,6 +58,6 @@ def _captured_call(layer, *args, **kwargs):
                 conditionings[id(kernel)] = conditioning.of_kernel(kernel)
         if conditionings:
             return adapter.call(layer, lambda kernel: conditionings.get(id(kernel)), *args, **kwargs)
-    elif kwargs.get("training") is not False and keras_hooks.sees_step(args[0] if args else layer.variables[0]):
+    elif kwargs.get("training") is not False and backend.sees_step(args[0] if args else layer.variables[0]):
         scope.note_plain_call()
     return keras_hooks.own_call(layer)(layer, *args, **kwargs)

@@ -24,28 +24,13 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_isaac import backend
 from keras_isaac.scope import bind_scope
 
-_BACKEND = keras.backend.backend()
-_IS_NNX = _BACKEND == "jax" and getattr(keras.config, "is_nnx_enabled", bool)()
+# A mode of JAX alone, which an older Keras does not have.
+_IS_NNX = getattr(keras.config, "is_nnx_enabled", bool)()
 # NNX passes over the `train_step` of an instance, but not over what that step calls for the loss.
 _STEP = "compute_loss_and_updates" if _IS_NNX else "train_step"
-
-if _BACKEND == "jax":
-    from jax.core import Tracer
-elif _BACKEND == "tensorflow":
-    import tensorflow as tf
-
-
-def sees_step(tensor):
-    """Whether Python runs for the step that computes with `tensor`: for each on PyTorch, elsewhere while it is compiled.
-
-    An eager call on TensorFlow and JAX may be part of a step of which the rest was compiled before.
-    """
-    if _BACKEND == "jax":
-        return isinstance(ops.convert_to_tensor(tensor), Tracer)
-    return _BACKEND == "torch" or not tf.executing_eagerly()
-
 
 # Training steps.
 
@@ -116,7 +101,7 @@ def renew_step(model):
 
 def _optimizer_values(args, kwargs):
     """Returns the tensors that stand for `optimizer.variables` in a step that is given these arguments."""
-    if _BACKEND != "jax":
+    if not backend.IS_STATELESS:
         return None
     return kwargs["optimizer_variables"] if _IS_NNX else (args[0] if args else kwargs["state"])[2]
 
@@ -263,7 +248,7 @@ class _MaskGiver(keras.layers.Layer):
 
 def mask_of(inputs: Any) -> Any:
     """Returns the mask that Keras carries with a tensor, or `None`."""
-    if _BACKEND != "jax":
+    if backend.TENSORS_TAKE_ATTRIBUTES:
         return getattr(inputs, "_keras_mask", None)
     masks: list = []
     with keras.RematScope(mode=None):
@@ -275,7 +260,7 @@ def with_mask(inputs, mask):
     """Returns `inputs`, with which Keras carries `mask`; as they are if that is `None`."""
     if mask is None:
         return inputs
-    if _BACKEND != "jax":
+    if backend.TENSORS_TAKE_ATTRIBUTES:
         inputs._keras_mask = mask
         return inputs
     with keras.RematScope(mode=None):

@@ -11,12 +11,12 @@ from keras_isaac import backend, scope
 from keras_isaac.arguments import (
     LearningRateSchedule,
     build_inner_optimizer,
-    check_damping,
     check_flags,
     check_number,
     check_weight_sharing,
     public_config,
 )
+from keras_isaac.damping import Damping
 from keras_isaac.optimizer_around import OptimizerAround
 from keras_isaac.participation import Participation
 
@@ -103,7 +103,6 @@ class ISAAC(OptimizerAround):
         per_replica: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_damping(damping)
         if output_damping is not None:
             check_number("output_damping", output_damping, "a finite number above 0 or `None`")
         check_weight_sharing(weight_sharing, max_rows)
@@ -124,39 +123,17 @@ class ISAAC(OptimizerAround):
         self.captured = None
         self.participation = Participation()
         self._trained_variables = None
-        if isinstance(damping, LearningRateSchedule):
-            self._damping = damping
-        else:
-            with keras.name_scope(self.name):
-                self._damping = keras.Variable(
-                    initializer=keras.initializers.Constant(float(damping)),
-                    shape=(),
-                    dtype=keras.backend.floatx(),
-                    trainable=False,
-                    # Layers read it, and would round it to their compute dtype: 1e-8 is 0 in float16.
-                    autocast=False,
-                    aggregation="only_first_replica",
-                    name="damping",
-                )
+        self._damping = Damping(damping, self.name)
         for listener in listeners:
             listener(self)
 
     @property
     def damping(self) -> Any:
         """The damping λ: a variable, or the schedule's value at the present iteration."""
-        if isinstance(self._damping, LearningRateSchedule):
-            return self._damping(self.iterations)
-        return self._damping
+        return self._damping.at(self.iterations)
 
     @damping.setter
     def damping(self, damping: float) -> None:
-        check_damping(damping)
-        if isinstance(self._damping, LearningRateSchedule) or isinstance(damping, LearningRateSchedule):
-            raise TypeError(
-                "`damping` can be set only from a number to a number: a `LearningRateSchedule` is part of the compiled "
-                "training step. To change it, compile the model with a new `ISAAC(damping=...)`. "
-                f"Received: damping={damping}"
-            )
         self._damping.assign(damping)
 
     @contextlib.contextmanager
@@ -263,31 +240,25 @@ class ISAAC(OptimizerAround):
     def variables(self):
         """The damping, if it is a variable, and the inner optimizer's variables."""
         # During `super().__init__` there is no inner optimizer yet.
-        own = [self._damping] if isinstance(getattr(self, "_damping", None), keras.Variable) else []
+        own = self._damping.variables if hasattr(self, "_damping") else []
         return own + self.inner_optimizer.variables
 
     def save_own_variables(self, store):
         """Saves the damping; Keras saves the inner optimizer by itself."""
-        if isinstance(self._damping, keras.Variable):
-            store["damping"] = self._damping.numpy()
+        self._damping.save(store)
 
     def load_own_variables(self, store):
         """Loads the damping; Keras loads the inner optimizer by itself."""
-        if isinstance(self._damping, keras.Variable) and "damping" in store.keys():  # noqa: SIM118 (a store of HDF5)
-            self._damping.assign(store["damping"])
+        self._damping.load(store)
 
     def get_config(self):
         """Returns the configuration: the arguments, and the serialized inner optimizer."""
-        if isinstance(self._damping, LearningRateSchedule):
-            damping = keras.optimizers.schedules.serialize(self._damping)
-        else:
-            damping = float(ops.convert_to_numpy(self._damping))
         inner_optimizer = public_config(self.inner_optimizer)
         return {
             "name": self.name,
             # Loggers look for it here.
             "learning_rate": inner_optimizer["config"].get("learning_rate"),
-            "damping": damping,
+            "damping": self._damping.get_config(),
             "inner_optimizer": inner_optimizer,
             "relative_damping": self.relative_damping,
             "preserve_norm": self.preserve_norm,

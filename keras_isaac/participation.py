@@ -1,7 +1,6 @@
 """Whether the two halves of the pair have met: an `ISAAC` whose step no captured layer took part in says so."""
 
 from keras_isaac import backend, scope
-from keras_isaac.keras_hooks import sees_step
 
 
 class Participation:
@@ -31,7 +30,7 @@ class Participation:
 
     def check(self, variables):
         """Raises if the gradients of this step are not conditioned, as far as Python sees the step."""
-        was_called = scope.take_plain_calls() and bool(variables) and sees_step(variables[0])
+        was_called = scope.take_plain_calls() and bool(variables) and backend.sees_step(variables[0])
         was_missed = not self._has_now and (self._why_plain is not None or was_called)
         reasons = self._why_plain() if self._why_plain and not self._has_now else None
         self._has_now, self._why_plain = False, None

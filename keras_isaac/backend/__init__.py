@@ -32,6 +32,9 @@ Derivatives:
 State:
 
 - `IS_STATELESS`: whether a step is a function of the values of all variables, which stand in for them while it is traced.
+- `TENSORS_TAKE_ATTRIBUTES`: whether a tensor can be given an attribute, also while it is traced.
+- `sees_step(tensor)`: whether Python runs for the step that computes with a tensor: for each on PyTorch, elsewhere while it is
+  compiled. An eager call on TensorFlow and JAX may be part of a step of which the rest was compiled before.
 
 Measuring:
 
@@ -53,6 +56,7 @@ if keras.backend.backend() not in ("jax", "tensorflow", "torch"):
 _backend = importlib.import_module(f"keras_isaac.backend.{keras.backend.backend()}")
 
 IS_STATELESS = _backend.IS_STATELESS
+TENSORS_TAKE_ATTRIBUTES = _backend.TENSORS_TAKE_ATTRIBUTES
 clip = _backend.clip
 compiled = _backend.compiled
 constant = _backend.constant
@@ -65,6 +69,7 @@ is_indefinite = _backend.is_indefinite
 matmul = _backend.matmul
 product = _backend.product
 relative_damping = _backend.relative_damping
+sees_step = _backend.sees_step
 segment_sum = _backend.segment_sum
 stop_gradient = _backend.stop_gradient
 trace = _backend.trace

@@ -10,12 +10,18 @@ from keras_isaac.backend.elimination import gauss_jordan
 from keras_isaac.backend.layout import laid_out
 
 IS_STATELESS = True
+TENSORS_TAKE_ATTRIBUTES = False
 # Stands in for a damping and a matrix that are both zero in float32.
 _TINY = 1e-37
 
 constant = jnp.asarray
 clip = jnp.clip
 stop_gradient = jax.lax.stop_gradient
+
+
+def sees_step(tensor):
+    """Whether Python runs for the step that computes with `tensor`."""
+    return isinstance(getattr(tensor, "value", tensor), jax.core.Tracer)
 
 
 def traced_once(function):

@@ -7,12 +7,18 @@ import tensorflow as tf
 from keras_isaac.backend.precision import parts_of, product_of_parts
 
 IS_STATELESS = False
+TENSORS_TAKE_ATTRIBUTES = True
 _TINY = 1e-37  # Stands in for a damping and a matrix that are both zero in float32.
 
 constant = tf.convert_to_tensor
 segment_sum = tf.math.unsorted_segment_sum
 stop_gradient = tf.stop_gradient
 transpose = tf.linalg.matrix_transpose
+
+
+def sees_step(tensor):
+    """Whether Python runs for the step that computes with `tensor`."""
+    return not tf.executing_eagerly()
 
 
 def traced_once(function):

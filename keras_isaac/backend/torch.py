@@ -8,6 +8,7 @@ from keras_isaac.backend.precision import parts_of, product_of_parts
 from keras_isaac.backend.torch_derivatives import gate, product, with_gradients  # noqa: F401 (a part of the interface)
 
 IS_STATELESS = False
+TENSORS_TAKE_ATTRIBUTES = True
 _TINY = 1e-37  # Stands in for a damping and a matrix that are both zero in float32.
 # Of so many rows, an inverse costs far more than a look whether it is the last one, and is not too large to keep.
 _SHARED = range(128, 1025)
@@ -39,6 +40,11 @@ clip = torch.clamp
 def stop_gradient(tensor):
     """Returns `tensor`, through which no gradient flows."""
     return tensor.detach()
+
+
+def sees_step(tensor):
+    """Whether Python runs for the step that computes with `tensor`."""
+    return True
 
 
 def traced_once(function):
