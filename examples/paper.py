@@ -117,7 +117,8 @@ def layers_settings():
 
 def adam_settings():
     """Likewise, of fine-tuning."""
-    from tasks import TASKS, fine_tuned
+    from tasks import TASKS
+    from tasks.texts import fine_tuned
 
     task = TASKS["lora"]._replace(build=fine_tuned, batch_size=8)
     for name, (method, damping) in FINE_TUNING.items():

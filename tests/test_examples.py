@@ -195,6 +195,38 @@ def test_trainers_of_memory_and_decay_do_as_they_say(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+PHYSICS = """
+import jax, numpy as np
+from keras import ops
+from tasks import TASKS, physics
+
+jax.config.update("jax_enable_x64", True)
+
+def poisson(x):
+    u = sum(s * ops.prod(ops.sin(np.pi * np.array(k) * x), -1, keepdims=True) for k, s in (((1, 1), 1.0), ((4, 2), 0.25)))
+    return u / ops.prod(x * (1 - x), axis=-1, keepdims=True)
+
+def burgers(x):
+    return (physics.burgers_solution(x) + ops.sin(np.pi * x[:, 1:])) / (x[:, :1] * (1 - x[:, 1:] ** 2))
+
+for name, call in (("poisson", poisson), ("burgers", burgers)):
+    (x, y), _, test = TASKS[name].data()
+    x, y = (part[(x[:, :1] > 0.05).all(1)][:200] for part in (x, y))
+    assert TASKS[name].loss(call, x, y) < 1e-8, name
+    assert TASKS[name].loss(lambda x: 1.01 * call(x), x, y) > 1e-4, name
+    assert TASKS[name].held_out(call, *test) < 1e-12, name
+    assert abs(TASKS[name].held_out(lambda x: 0 * x[:, :1], *test) - (1.0 if name == "poisson" else 0.5)) < 0.5, name
+"""
+
+
+@slow_but_on_torch
+def test_the_equations_are_those_that_their_solutions_solve(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path]), "KERAS_BACKEND": "jax"}
+    command = [sys.executable, "-W", "ignore", "-c", PHYSICS]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_trees_are_chosen_on_validation_data(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     trees = load_example("trees")
