@@ -97,9 +97,11 @@ METHODS = {
     "rising damping": Method(ISAAC, 1e-3, 1.0, damping_power=-1.0),
     "first factor": Method(FirstFactor, 1e-3, 1.0),
     "memory + AdamW": Method(ISAAC, 1e-3, 1.0, trainer="memory.MemoryTrainer"),
+    "short memory": Method(ISAAC, 1e-3, 1.0, trainer="memory.ShortMemoryTrainer"),
+    "cross-fitting": Method(ISAAC, 1e-3, 1.0, trainer="memory.CrossFittingTrainer"),
 }
 # What was tried to better ISAAC, and is compared with it alone.
-TRIED = ("falling damping", "rising damping", "first factor", "memory + AdamW")
+TRIED = ("falling damping", "rising damping", "first factor", "memory + AdamW", "short memory", "cross-fitting")
 # It is of dense layers, and trains the paper's networks.
 KFAC_TASKS = ("classifier", "autoencoder")
 

@@ -1,7 +1,8 @@
-"""Curvature with a memory, as a method of `evidence.py`: a moving average of XᵀX, where ISAAC takes that of the batch alone.
+"""Curvature of other rows than the gradient's, as methods of `evidence.py`, where ISAAC takes those of the batch alone.
 
-It is FOOF ([Benzing, 2022](https://arxiv.org/abs/2201.12250)) around AdamW. The average is a matrix `[in, in]` of every kernel,
-so that its inverse costs what ISAAC spares; it is renewed every few steps.
+With a memory it is a moving average of XᵀX: FOOF ([Benzing, 2022](https://arxiv.org/abs/2201.12250)) around AdamW. With
+cross-fitting each half of the batch is conditioned by the other half's. Either is a matrix `[in, in]` of every kernel, so that
+its inverse costs what ISAAC spares; that of the moving average is renewed every few steps.
 Tables of embeddings stay plain.
 """
 
@@ -38,16 +39,10 @@ class MemoryTrainer(Trainer):
             mean, inverse = memory[place]
             mean = self.average * mean + (1 - self.average) * gram
             corrected = mean / (1 - self.average ** (number + 1))
-            damping = second * jnp.trace(corrected, axis1=-2, axis2=-1)[..., None, None] / rank + 1e-30
-            identity = jnp.eye(gram.shape[-1])
-            inverse = jax.lax.cond(
-                number % self.inverse_every == 0,
-                lambda matrix=corrected / damping + identity: jnp.linalg.inv(matrix),
-                lambda inverse=inverse: inverse,
-            )
+            is_due, matrix = number % self.inverse_every == 0, _damped(corrected, rank, second)
+            inverse = jax.lax.cond(is_due, lambda matrix, _: jnp.linalg.inv(matrix), lambda _, last: last, matrix, inverse)
             new_memory[place] = mean, inverse
-            matrix = gradients[place].reshape((*gram.shape[:-1], -1))
-            gradients[place] = (inverse @ matrix).reshape(gradients[place].shape)
+            gradients[place] = _product(inverse, gradients[place])
         trainable, variables = self.optimizer.stateless_apply(variables, gradients, trainable)
         return (trainable, others, (variables, new_memory)), loss
 
@@ -75,3 +70,44 @@ class MemoryTrainer(Trainer):
             return loss, (updated[-1], grams)
 
         return jax.value_and_grad(loss_of, has_aux=True)(trainable)
+
+
+class ShortMemoryTrainer(MemoryTrainer):
+    """One of about four batches."""
+
+    average, inverse_every = 0.5, 1
+
+
+class CrossFittingTrainer(MemoryTrainer):
+    """A trainer whose halves of a batch are conditioned by each other's rows, independent of their gradients."""
+
+    def start(self, seed):
+        """Returns the state, as without a memory."""
+        return Trainer.start(self, seed)
+
+    def _step(self, state, number, places, learning_rate, second, total, x, y):
+        trainable, others, variables = state
+        set_to = {id(self.optimizer.learning_rate): learning_rate * self._schedule(number, total)}
+        variables = [set_to.get(id(each), value) for each, value in zip(self.optimizer.variables, variables, strict=True)]
+        losses, grams, gradients = [], [], []
+        for half in jnp.array_split(places, 2):
+            (loss, (others, half_grams)), half_gradients = self._gradients(trainable, others, variables, x[half], y[half])
+            losses.append(loss)
+            grams.append(half_grams)
+            gradients.append(half_gradients)
+        for half_gradients, other_grams in zip(gradients, reversed(grams), strict=True):
+            for place, (gram, rank) in other_grams.items():
+                half_gradients[place] = _product(jnp.linalg.inv(_damped(gram, rank, second)), half_gradients[place])
+        means = [sum(pair) / 2 for pair in zip(*gradients, strict=True)]
+        trainable, variables = self.optimizer.stateless_apply(variables, means, trainable)
+        return (trainable, others, variables), sum(losses) / 2
+
+
+def _damped(gram, rank, damping):
+    """Returns I + XᵀX/λr, the damping being in units of the mean eigenvalue."""
+    unit = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / rank
+    return gram / (damping * unit + 1e-30) + jnp.eye(gram.shape[-1])
+
+
+def _product(inverse, gradient):
+    return (inverse @ gradient.reshape((*inverse.shape[:-1], -1))).reshape(gradient.shape)

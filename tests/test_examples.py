@@ -178,6 +178,18 @@ for method in ("ISAAC + AdamW", "memory + AdamW"):
 for ours, theirs in zip(*gradients, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
+# Each half's gradient meets the other half's curvature.
+trainer = evidence.make_trainer(task, evidence.METHODS["cross-fitting"])
+trainer.optimizer.stateless_apply = lambda variables, gradients, trainable: (gradients, variables)
+gradients = trainer._step(trainer.start(0), 5.0, np.arange(12), 1e-3, 0.1, 100.0, *data)[0][0]
+halves = [trainer._gradients(*trainer.start(0), *(part[half] for part in data)) for half in (slice(6), slice(6, 12))]
+place = max(halves[0][0][1][1])  # the last dense layer's kernel
+for (_, plain), ((_, (_, grams)), _) in zip(halves, reversed(halves), strict=True):
+    gram, rank = grams[place]
+    damping = 0.1 * np.trace(gram) / rank
+    gradients[place] = gradients[place] - np.linalg.solve(gram + damping * np.eye(len(gram)), damping * plain[place]) / 2
+assert np.abs(gradients[place]).max() < 1e-5 * np.abs(halves[0][1][place]).max()
+
 # The second number is the weight decay, and the damping stays.
 trainer = evidence.make_trainer(task, evidence.METHODS["ISAAC + AdamW, decay"])
 before = trainer.start(0)[0]
