@@ -7,8 +7,8 @@
 - The learning rate warms up over 5 % of the steps and then falls to zero by a cosine, whatever the method (of
   ScheduleFreeAdamW, which is made for it, it stays).
 - Each method gets the same number of settings, over its learning rate and a second number: the damping of ISAAC and K-FAC, the
-  weight decay of the others. The first setting is what `METHODS` says, the default of most; each further one is a neighbour of
-  the best so far, so that no grid ends.
+  weight decay of the others; but "ISAAC()" its defaults alone. The first setting is what `METHODS` says, the default of most;
+  each further one is a neighbour of the best so far, so that no grid ends.
 - A horizon is how many times the task's steps are trained. The search at 4 starts from the best setting at 1.
 - The best is chosen by the loss of validation data, with one seed; with others, it is then measured on test data.
 
@@ -21,6 +21,7 @@ Each run is a line of `results/TASK.jsonl` (or of the folder that KERAS_ISAAC_RE
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -54,18 +55,27 @@ class Method(NamedTuple):
         learning_rate: float, where the search starts.
         second: float, the same of the damping of ISAAC, or of the weight decay of another optimizer.
         damping: float, of ISAAC where the second number is its inner optimizer's weight decay. Defaults to `None`: it is not.
+        tunes_damping: boolean, whether that damping is where the search of a third number starts. Defaults to `False`.
         is_constant: boolean, whether the learning rate stays after the warm-up.
         damping_power: float; the damping is multiplied by the schedule of the learning rate (of 1 at its peak) to this power.
         trainer: name of the module, and of the class in it, that trains by this method. Defaults to this one's.
+        is_tuned: boolean, whether other settings than the first are tried. Defaults to `True`.
     """
 
     make: object
     learning_rate: float
     second: float
     damping: float | None = None
+    tunes_damping: bool = False
     is_constant: bool = False
     damping_power: float = 0.0
     trainer: str = "evidence.Trainer"
+    is_tuned: bool = True
+
+    @property
+    def start(self):
+        """The first setting."""
+        return (self.learning_rate, self.second, *([self.damping] if self.tunes_damping else ()))
 
 
 class FirstFactor(ISAAC):
@@ -80,25 +90,30 @@ class FirstFactor(ISAAC):
 
 
 NOT_MUON = "embedding|logits"
+# Where the damping is searched, the weight decay is AdamW's own default.
+around_adamw = functools.partial(ISAAC, weight_decay=0.004)
 METHODS = {
     "AdamW": Method(AdamW, 1e-3, 0.004),
     "Muon": Method(lambda: Muon(exclude=NOT_MUON), 1e-3, 0.004),
     "SOAP": Method(SOAP, 3e-3, 0.01),
-    "ISAAC + AdamW": Method(ISAAC, 1e-3, 1.0),
+    # Its defaults.
+    "ISAAC()": Method(ISAAC, 3e-3, 0.4, damping=1.0, is_tuned=False),
+    "ISAAC + AdamW": Method(around_adamw, 1e-3, 1.0),
     "ISAAC + Muon": Method(lambda: ISAAC(inner_optimizer=Muon(exclude=NOT_MUON)), 1e-3, 1.0),
     "ISAAC + SOAP": Method(lambda: ISAAC(inner_optimizer=SOAP()), 3e-3, 1.0),
     "ISAAC + AdamW, decay": Method(ISAAC, 3e-3, 0.04, damping=0.3),
+    "ISAAC + AdamW, all": Method(ISAAC, 3e-3, 0.4, damping=1.0, tunes_damping=True),
     "ISAAC + Muon, decay": Method(lambda: ISAAC(inner_optimizer=Muon(exclude=NOT_MUON)), 3e-3, 0.04, damping=0.3),
     "momentum": Method(lambda: SGD(momentum=0.9, weight_decay=0.0), 0.1, 1e-4),
     "Lion": Method(Lion, 1e-4, 0.1),
     "ScheduleFreeAdamW": Method(lambda: ScheduleFreeAdamW(weight_decay=0.0), 0.003, 0.01, is_constant=True),
     "K-FAC": Method(None, 0.3, 0.1, trainer="kfac.KfacTrainer"),
-    "falling damping": Method(ISAAC, 1e-3, 1.0, damping_power=1.0),
-    "rising damping": Method(ISAAC, 1e-3, 1.0, damping_power=-1.0),
-    "first factor": Method(FirstFactor, 1e-3, 1.0),
-    "memory + AdamW": Method(ISAAC, 1e-3, 1.0, trainer="memory.MemoryTrainer"),
-    "short memory": Method(ISAAC, 1e-3, 1.0, trainer="memory.ShortMemoryTrainer"),
-    "cross-fitting": Method(ISAAC, 1e-3, 1.0, trainer="memory.CrossFittingTrainer"),
+    "falling damping": Method(around_adamw, 1e-3, 1.0, damping_power=1.0),
+    "rising damping": Method(around_adamw, 1e-3, 1.0, damping_power=-1.0),
+    "first factor": Method(functools.partial(FirstFactor, weight_decay=0.004), 1e-3, 1.0),
+    "memory + AdamW": Method(around_adamw, 1e-3, 1.0, trainer="memory.MemoryTrainer"),
+    "short memory": Method(around_adamw, 1e-3, 1.0, trainer="memory.ShortMemoryTrainer"),
+    "cross-fitting": Method(around_adamw, 1e-3, 1.0, trainer="memory.CrossFittingTrainer"),
 }
 # What was tried to better ISAAC, and is compared with it alone.
 TRIED = ("falling damping", "rising damping", "first factor", "memory + AdamW", "short memory", "cross-fitting")
@@ -131,6 +146,8 @@ class Trainer:
         damping, decays = second, self.optimizer
         if self.method.damping is not None:
             damping, decays = self.method.damping, self.optimizer.inner_optimizer
+        if self.method.tunes_damping:
+            second, damping = second
         if self.is_isaac:
             set_to[id(self.optimizer.damping)] = damping * self._schedule(number, total) ** self.method.damping_power
         if not self.is_isaac or self.method.damping is not None:
@@ -194,8 +211,10 @@ class Trainer:
                 initial[place] = value
         return (*values, initial)
 
-    def run(self, learning_rate, second, seed, horizon=1):
+    def run(self, setting, seed, horizon=1):
         """Returns the training loss and the validation loss after each tenth of the steps, and the measures of test data."""
+        learning_rate, *second = setting
+        second = second if self.method.tunes_damping else second[0]
         state = self.start(seed)
         (x, y), validation, test = self.parts
         num_steps = self.task.steps // NUM_CHECKS * horizon
@@ -232,19 +251,28 @@ def final(run):
     return run["validation"][-1] if run["train"] else math.inf
 
 
+NUMBERS = ("rate", "second", "damping")
+
+
+def setting_of(run):
+    """The learning rate, the second number and, if there is one, the third."""
+    return tuple(run[name] for name in NUMBERS if name in run)
+
+
 def searched(runs, method, horizon, seed=0):
-    """The validation losses of a seed by learning rate and second number; of the first, they are the search for the best."""
+    """The validation losses of a seed by its setting; of the first seed, they are the search for the best."""
     chosen = [run for run in runs if (run["method"], run["horizon"], run["seed"]) == (method, horizon, seed)]
-    return {(run["rate"], run["second"]): final(run) for run in chosen}
+    return {setting_of(run): final(run) for run in chosen}
 
 
-def neighbours(rate, second):
-    """Yields the settings beside one: the learning rates 1, 3, 10, 30, ..., and ten times more or less of the other number."""
+def neighbours(rate, *others):
+    """Yields the settings beside one: the learning rates 1, 3, 10, 30, ..., and ten times more or less of another number."""
     place = round(2 * math.log10(rate))
     for other in (place + 1, place - 1):
-        yield float(f"{(3 if other % 2 else 1) * 10.0 ** (other // 2):g}"), second
-    for other in (10 * second, second / 10):
-        yield rate, float(f"{other:g}")
+        yield float(f"{(3 if other % 2 else 1) * 10.0 ** (other // 2):g}"), *others
+    for place, number in enumerate(others):
+        for other in (10 * number, number / 10):
+            yield rate, *others[:place], float(f"{other:g}"), *others[place + 1 :]
 
 
 def next_setting(losses, start, num_settings):
@@ -260,18 +288,19 @@ def next_setting(losses, start, num_settings):
 
 
 def missing(task, method, horizon, num_settings, num_seeds):
-    """Yields the runs `(rate, second, seed)` to make; each must be made before the next is asked for."""
-    start = METHODS[method].learning_rate, METHODS[method].second
+    """Yields the runs `(setting, seed)` to make; each must be made before the next is asked for."""
+    start = METHODS[method].start
+    num_settings = num_settings if METHODS[method].is_tuned else 1
     earlier = [each for each in HORIZONS if each < horizon]
     if earlier:
         losses = searched(load(task), method, earlier[-1])
         start = min(losses, key=losses.get) if losses else start
     while setting := next_setting(losses := searched(load(task), method, horizon), start, num_settings):
-        yield *setting, 0
+        yield setting, 0
     best = min(losses, key=losses.get)
     for seed in range(1, num_seeds):
         if best not in searched(load(task), method, horizon, seed):
-            yield *best, seed
+            yield best, seed
 
 
 def time_steps(task, methods, repetitions=7):
@@ -285,7 +314,8 @@ def time_steps(task, methods, repetitions=7):
             order = batches(len(x), num_steps, trainer.task.batch_size, 0)
             start = time.perf_counter()
             for number, places in enumerate(order):
-                state, loss = trainer.step(state, float(number), places, 1e-4, 1.0, float(num_steps), x, y)
+                second = (1.0, 1.0) if trainer.method.tunes_damping else 1.0
+                state, loss = trainer.step(state, float(number), places, 1e-4, second, float(num_steps), x, y)
             float(loss)
             times[method].append(1000 * (time.perf_counter() - start) / num_steps)
     path = RESULTS / "milliseconds.json"
@@ -316,14 +346,19 @@ def main():
             continue
         for method in methods:
             trainer = None
-            for rate, second, seed in missing(task, method, arguments.horizon, arguments.settings, arguments.seeds):
+            for setting, seed in missing(task, method, arguments.horizon, arguments.settings, arguments.seeds):
                 start = time.perf_counter()
                 if start - started > arguments.max_seconds:
                     print("out of time")
                     return
                 trainer = trainer or make_trainer(TASKS[task], METHODS[method])
-                names = {"method": method, "horizon": arguments.horizon, "rate": rate, "second": second, "seed": seed}
-                run = {**names, **trainer.run(rate, second, seed, arguments.horizon)}
+                names = {
+                    "method": method,
+                    "horizon": arguments.horizon,
+                    **dict(zip(NUMBERS, setting, strict=False)),
+                    "seed": seed,
+                }
+                run = {**names, **trainer.run(setting, seed, arguments.horizon)}
                 with (RESULTS / f"{task}.jsonl").open("a") as file:
                     file.write(json.dumps(run) + "\n")
                 seconds = time.perf_counter() - start

@@ -12,11 +12,11 @@ import math
 import statistics
 from pathlib import Path
 
-from evidence import HORIZONS, METHODS, NUM_CHECKS, RESULTS, TRIED, load, neighbours, searched
+from evidence import HORIZONS, METHODS, NUM_CHECKS, RESULTS, TRIED, load, neighbours, searched, setting_of
 
-PAIRS = [("ISAAC + AdamW", "AdamW"), ("ISAAC + Muon", "Muon"), ("ISAAC + SOAP", "SOAP")]
-PAIRS += [("ISAAC + AdamW", "Muon"), ("ISAAC + AdamW", "SOAP"), ("ISAAC + AdamW, decay", "AdamW")]
-PAIRS += [("ISAAC + AdamW, decay", "Muon"), ("ISAAC + Muon, decay", "Muon")]
+PAIRS = [("ISAAC()", "AdamW")]
+PAIRS += [(f"ISAAC + AdamW{second}", other) for second in ("", ", decay") for other in ("AdamW", "Muon", "SOAP")]
+PAIRS += [("ISAAC + Muon", "Muon"), ("ISAAC + Muon, decay", "Muon")]
 COMPARED = [method for method in METHODS if method not in TRIED]
 
 
@@ -29,7 +29,7 @@ def best_setting(runs, method, horizon):
 def runs_of(runs, method, horizon, setting):
     """The runs of a setting by their seed, but those that diverged."""
     chosen = [run for run in runs if (run["method"], run["horizon"]) == (method, horizon) and run["train"]]
-    return {run["seed"]: run for run in chosen if (run["rate"], run["second"]) == setting}
+    return {run["seed"]: run for run in chosen if setting_of(run) == setting}
 
 
 def best_runs(runs, method, horizon):
@@ -101,8 +101,9 @@ def print_details(task):
                 continue
             setting, losses = best_setting(runs, method, horizon), searched(runs, method, horizon)
             near = sum(loss <= 1.05 * losses[setting] for loss in losses.values())
-            edge = "" if all(each in losses for each in neighbours(*setting)) else " (edge)"
-            cells = [horizon, method, f"{setting[0]:g}, {setting[1]:g}", f"{near} of {len(losses)}{edge}", len(chosen)]
+            is_inside = not METHODS[method].is_tuned or all(each in losses for each in neighbours(*setting))
+            near = f"{near} of {len(losses)}{'' if is_inside else ' (edge)'}"
+            cells = [horizon, method, ", ".join(f"{number:g}" for number in setting), near, len(chosen)]
             for measure in ("train", "validation"):
                 cells.append(f"{statistics.fmean(run[measure][-1] for run in chosen.values()):.3g}")
             for measure in ("loss", "accuracy"):
@@ -112,7 +113,17 @@ def print_details(task):
             cells += ["never" if math.isinf(part) else f"{100 * part:.0f} %", milliseconds.get(method, "")]
             rows.append(cells)
     print(f"\n{task}")
-    header = ["horizon", "method", "rate, second", "settings within 5 %", "seeds", "train", "validation", "test", "accuracy"]
+    header = [
+        "horizon",
+        "method",
+        "rate, second, third",
+        "settings within 5 %",
+        "seeds",
+        "train",
+        "validation",
+        "test",
+        "accuracy",
+    ]
     header += ["steps to the best baseline's validation loss", "ms a step"]
     markdown(header, rows)
 
@@ -138,22 +149,6 @@ def print_pairs(tasks, horizon):
     if rows:
         print(f"\nChange of the test loss, horizon {horizon}")
         markdown(["task", *(f"{old} → {new}" for new, old in PAIRS)], rows)
-
-
-def print_defaults(tasks, horizon):
-    """Prints the test loss of one seed without tuning, beside AdamW's tuned one of the same seed."""
-    rows, methods = [], ("AdamW", "ISAAC + AdamW")
-    for task in tasks:
-        runs = load(task)
-        starts = [(METHODS[method].learning_rate, METHODS[method].second) for method in methods]
-        found = [runs_of(runs, *each) for each in zip(methods, (horizon, horizon), starts, strict=True)]
-        found += [best_runs(runs, method, horizon) for method in methods]
-        cells = [task, *(f"{each[0]['loss']:.3g}" if 0 in each else "" for each in found)]
-        if all(cells):
-            rows.append(cells)
-    if rows:
-        print(f"\nTest loss without tuning and tuned, one seed, horizon {horizon}")
-        markdown(["task", "`AdamW()`", "`ISAAC()`", "AdamW, tuned", "ISAAC + AdamW, tuned"], rows)
 
 
 def save_pictures(tasks, folder):
@@ -196,7 +191,7 @@ def draw_losses(runs, method, horizon=1):
 def draw_rates(runs, method):
     """Returns points of the validation loss at each learning rate, with the best of the other number."""
     losses = {}
-    for (rate, _), loss in searched(runs, method, 1).items():
+    for (rate, *_), loss in searched(runs, method, 1).items():
         losses[rate] = min(loss, losses.get(rate, math.inf))
     return sorted((rate, loss) for rate, loss in losses.items() if math.isfinite(loss))
 
@@ -225,7 +220,6 @@ def main():
         tried = [task for task in tasks if any(run["method"] in TRIED for run in load(task))]
         print_comparison(tried, horizon, ["ISAAC + AdamW", *TRIED], "What was tried: test loss")
         print_pairs(tasks, horizon)
-        print_defaults(tasks, horizon)
     for task in tasks:
         print_details(task)
     save_pictures(tasks, arguments.pictures)

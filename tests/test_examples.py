@@ -141,7 +141,7 @@ trainer = evidence.make_trainer(task, evidence.METHODS["K-FAC"])
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 expected = float(loss(data[1], build(0)(data[0])))
 assert abs(trainer.evaluate(trainer.start(0), *trainer.parts[0])["loss"] - expected) < 1e-3
-run = trainer.run(0.3, 0.1, 0)
+run = trainer.run((0.3, 0.1), 0)
 assert run["loss"] < expected / 2, run
 """
 
@@ -190,12 +190,27 @@ for (_, plain), ((_, (_, grams)), _) in zip(halves, reversed(halves), strict=Tru
     gradients[place] = gradients[place] - np.linalg.solve(gram + damping * np.eye(len(gram)), damping * plain[place]) / 2
 assert np.abs(gradients[place]).max() < 1e-5 * np.abs(halves[0][1][place]).max()
 
+# What is called "ISAAC()" has its defaults.
+method = evidence.METHODS["ISAAC()"]
+isaac = method.make()
+defaults = float(isaac.learning_rate), isaac.inner_optimizer.weight_decay, float(isaac.damping)
+np.testing.assert_allclose((method.learning_rate, method.second, method.damping), defaults)
+
 # The second number is the weight decay, and the damping stays.
 trainer = evidence.make_trainer(task, evidence.METHODS["ISAAC + AdamW, decay"])
 before = trainer.start(0)[0]
 steps = [trainer._step(trainer.start(0), 5.0, np.arange(12), 1e-3, decay, 100.0, *data)[0][0] for decay in (0.0, 500.0)]
 for old, plain, decayed in zip(before, *steps, strict=True):
     np.testing.assert_allclose(decayed, plain - 0.5 * old, atol=1e-6)
+decayed_step = steps[1]
+
+# With a third number, which is the damping.
+trainer = evidence.make_trainer(task, evidence.METHODS["ISAAC + AdamW, all"])
+seconds = (500.0, 0.3), (500.0, 3.0)
+again, other = (trainer._step(trainer.start(0), 5.0, np.arange(12), 1e-3, each, 100.0, *data)[0][0] for each in seconds)
+for ours, theirs in zip(again, decayed_step, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+assert any(np.abs(ours - theirs).max() > 1e-5 for ours, theirs in zip(other, again, strict=True))
 """
 
 
