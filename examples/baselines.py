@@ -36,9 +36,13 @@ class MatrixOptimizer(keras.optimizers.AdamW):
             if len(variable.shape) > 1 and not (self.exclude and re.search(self.exclude, variable.path)):
                 self._states[id(variable)] = self.build_matrix(*matrix_shape(variable.shape))
 
+    def updates_as_matrix(self, variable):
+        """Whether it does not leave this variable to AdamW."""
+        return id(variable) in self._states
+
     def update_step(self, gradient, variable, learning_rate):
         """Updates one variable."""
-        if id(variable) not in self._states:
+        if not self.updates_as_matrix(variable):
             super().update_step(gradient, variable, learning_rate)
             return
         matrix = ops.reshape(gradient, matrix_shape(variable.shape))

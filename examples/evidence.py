@@ -20,8 +20,6 @@ Each run is a line of `results/TASK.jsonl` (or of the folder that KERAS_ISAAC_RE
 
 import argparse
 import contextlib
-import dataclasses
-import functools
 import importlib
 import json
 import math
@@ -29,14 +27,14 @@ import os
 import statistics
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ["KERAS_BACKEND"] = "jax"
 
 import jax
 import numpy as np
-from baselines import SOAP, Muon
-from keras.optimizers import SGD, AdamW, Lion, ScheduleFreeAdamW
+from baselines import SOAP
+from keras.optimizers import ScheduleFreeAdamW
+from methods import KFAC_TASKS, METHODS
 from tasks import TASKS, batches
 
 from keras_isaac import ISAAC, capture_inputs
@@ -45,80 +43,6 @@ RESULTS = Path(os.environ.get("KERAS_ISAAC_RESULTS", Path(__file__).parent / "re
 HORIZONS = (1, 4, 16)
 NUM_CHECKS = 10
 CHUNK = 500
-
-
-class Method(NamedTuple):
-    """How an optimizer is made, and where the search for its best setting starts.
-
-    Args:
-        make: function without arguments, returns the optimizer; `None` for K-FAC, whose trainer needs none.
-        learning_rate: float, where the search starts.
-        second: float, the same of the damping of ISAAC, or of the weight decay of another optimizer.
-        damping: float, of ISAAC where the second number is its inner optimizer's weight decay. Defaults to `None`: it is not.
-        tunes_damping: boolean, whether that damping is where the search of a third number starts. Defaults to `False`.
-        is_constant: boolean, whether the learning rate stays after the warm-up.
-        damping_power: float; the damping is multiplied by the schedule of the learning rate (of 1 at its peak) to this power.
-        trainer: name of the module, and of the class in it, that trains by this method. Defaults to this one's.
-        is_tuned: boolean, whether other settings than the first are tried. Defaults to `True`.
-    """
-
-    make: object
-    learning_rate: float
-    second: float
-    damping: float | None = None
-    tunes_damping: bool = False
-    is_constant: bool = False
-    damping_power: float = 0.0
-    trainer: str = "evidence.Trainer"
-    is_tuned: bool = True
-
-    @property
-    def start(self):
-        """The first setting."""
-        return (self.learning_rate, self.second, *([self.damping] if self.tunes_damping else ()))
-
-
-class FirstFactor(ISAAC):
-    """ISAAC that leaves the second of LoRA's factors plain."""
-
-    def conditioning_of_step(self, *args, **kwargs):
-        """Returns what is asked of the layers in this step."""
-        conditioning = super().conditioning_of_step(*args, **kwargs)
-        return dataclasses.replace(
-            conditioning, trains=lambda kernel: conditioning.trains(kernel) and "lora_kernel_b" not in kernel.path
-        )
-
-
-NOT_MUON = "embedding|logits"
-# Where the damping is searched, the weight decay is AdamW's own default.
-around_adamw = functools.partial(ISAAC, weight_decay=0.004)
-METHODS = {
-    "AdamW": Method(AdamW, 1e-3, 0.004),
-    "Muon": Method(lambda: Muon(exclude=NOT_MUON), 1e-3, 0.004),
-    "SOAP": Method(SOAP, 3e-3, 0.01),
-    # Its defaults.
-    "ISAAC()": Method(ISAAC, 3e-3, 0.4, damping=1.0, is_tuned=False),
-    "ISAAC + AdamW": Method(around_adamw, 1e-3, 1.0),
-    "ISAAC + Muon": Method(lambda: ISAAC(inner_optimizer=Muon(exclude=NOT_MUON)), 1e-3, 1.0),
-    "ISAAC + SOAP": Method(lambda: ISAAC(inner_optimizer=SOAP()), 3e-3, 1.0),
-    "ISAAC + AdamW, decay": Method(ISAAC, 3e-3, 0.04, damping=0.3),
-    "ISAAC + AdamW, all": Method(ISAAC, 3e-3, 0.4, damping=1.0, tunes_damping=True),
-    "ISAAC + Muon, decay": Method(lambda: ISAAC(inner_optimizer=Muon(exclude=NOT_MUON)), 3e-3, 0.04, damping=0.3),
-    "momentum": Method(lambda: SGD(momentum=0.9, weight_decay=0.0), 0.1, 1e-4),
-    "Lion": Method(Lion, 1e-4, 0.1),
-    "ScheduleFreeAdamW": Method(lambda: ScheduleFreeAdamW(weight_decay=0.0), 0.003, 0.01, is_constant=True),
-    "K-FAC": Method(None, 0.3, 0.1, trainer="kfac.KfacTrainer"),
-    "falling damping": Method(around_adamw, 1e-3, 1.0, damping_power=1.0),
-    "rising damping": Method(around_adamw, 1e-3, 1.0, damping_power=-1.0),
-    "first factor": Method(functools.partial(FirstFactor, weight_decay=0.004), 1e-3, 1.0),
-    "memory + AdamW": Method(around_adamw, 1e-3, 1.0, trainer="memory.MemoryTrainer"),
-    "short memory": Method(around_adamw, 1e-3, 1.0, trainer="memory.ShortMemoryTrainer"),
-    "cross-fitting": Method(around_adamw, 1e-3, 1.0, trainer="memory.CrossFittingTrainer"),
-}
-# What was tried to better ISAAC, and is compared with it alone.
-TRIED = ("falling damping", "rising damping", "first factor", "memory + AdamW", "short memory", "cross-fitting")
-# It is of dense layers, and trains the paper's networks.
-KFAC_TASKS = ("classifier", "autoencoder")
 
 
 class Trainer:

@@ -78,6 +78,37 @@ class ShortMemoryTrainer(MemoryTrainer):
     average, inverse_every = 0.5, 1
 
 
+class WhitenedTrainer(MemoryTrainer):
+    """A trainer that whitens the gradient before Muon and the update behind it: steepest descent where rows are white.
+
+    Of steps `R U` with R = (A/λ + I)^-½, it takes the one of the longest descent whose U has no singular value above 1.
+    """
+
+    def _step(self, state, number, places, learning_rate, second, total, x, y):
+        trainable, others, (variables, memory) = state
+        rate = learning_rate * self._schedule(number, total)
+        set_to = {id(self.optimizer.learning_rate): rate}
+        variables = [set_to.get(id(each), value) for each, value in zip(self.optimizer.variables, variables, strict=True)]
+        (loss, (others, grams)), gradients = self._gradients(trainable, others, variables, x[places], y[places])
+        inner, new_memory = self.optimizer.inner_optimizer, {}
+        for place, (gram, rank) in grams.items():
+            mean, root = memory[place]
+            if not inner.updates_as_matrix(self.model.trainable_variables[place]):
+                continue
+            mean = self.average * mean + (1 - self.average) * gram
+            is_due, matrix = number % self.inverse_every == 0, _damped(mean, rank, self.method.damping)
+            root = jax.lax.cond(is_due, lambda matrix, _: _inverse_root(matrix), lambda _, last: last, matrix, root)
+            new_memory[place] = mean, root
+            gradients[place] = _product(root, gradients[place])
+        inner.weight_decay = second
+        updated, variables = self.optimizer.stateless_apply(variables, gradients, trainable)
+        for place, (_, root) in new_memory.items():
+            # The weight decay is no part of the update.
+            decayed = trainable[place] * (1 - rate * second)
+            updated[place] = decayed + _product(root, updated[place] - decayed)
+        return (updated, others, (variables, memory | new_memory)), loss
+
+
 class CrossFittingTrainer(MemoryTrainer):
     """A trainer whose halves of a batch are conditioned by each other's rows, independent of their gradients."""
 
@@ -107,6 +138,11 @@ def _damped(gram, rank, damping):
     """Returns I + XᵀX/λr, the damping being in units of the mean eigenvalue."""
     unit = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / rank
     return gram / (damping * unit + 1e-30) + jnp.eye(gram.shape[-1])
+
+
+def _inverse_root(matrix):
+    values, vectors = jnp.linalg.eigh(matrix)
+    return vectors * values[..., None, :] ** -0.5 @ jnp.swapaxes(vectors, -2, -1)
 
 
 def _product(inverse, gradient):

@@ -12,7 +12,8 @@ import math
 import statistics
 from pathlib import Path
 
-from evidence import HORIZONS, METHODS, NUM_CHECKS, RESULTS, TRIED, load, neighbours, searched, setting_of
+from evidence import HORIZONS, NUM_CHECKS, RESULTS, load, neighbours, searched, setting_of
+from methods import METHODS, TRIED
 
 PAIRS = [("ISAAC()", "AdamW")]
 PAIRS += [(f"ISAAC + AdamW{second}", other) for second in ("", ", decay") for other in ("AdamW", "Muon", "SOAP")]
@@ -88,11 +89,38 @@ def part_to(losses, target):
     return math.inf
 
 
+def times_of(task):
+    """The milliseconds of a step by method, where they were measured; ISAAC's do not depend on what is tuned."""
+    path = RESULTS / "milliseconds.json"
+    known = json.loads(path.read_text()).get(task, {}) if path.exists() else {}
+    bases = {method: "ISAAC + AdamW" if method == "ISAAC()" else method.split(",")[0] for method in METHODS}
+    return {method: known[base] for method, base in bases.items() if base in known}
+
+
+def print_speed(tasks, horizon, methods=("Muon", "ISAAC()", "ISAAC + AdamW, all")):
+    """Prints after which part of AdamW's steps, and of its time, methods reach the validation loss at which it ends."""
+    rows = []
+    for task in tasks:
+        runs, milliseconds = load(task), times_of(task)
+        curves = {method: [loss for _, loss in draw_losses(runs, method, horizon)] for method in ("AdamW", *methods)}
+        if not all(curves.values()):
+            continue
+        cells = [task]
+        for method in methods:
+            part = part_to(curves[method], curves["AdamW"][-1])
+            cell = "never" if math.isinf(part) else f"{100 * part:.0f} %"
+            if math.isfinite(part) and method in milliseconds:
+                cell += f" ({100 * part * milliseconds[method] / milliseconds['AdamW']:.0f} %)"
+            cells.append(cell)
+        rows.append(cells)
+    if rows:
+        print(f"\nSteps (and time) to the last validation loss of AdamW, of AdamW's own, horizon {horizon}")
+        markdown(["task", *methods], rows)
+
+
 def print_details(task):
     """Prints what was chosen on a task, and what came of it."""
-    runs, rows = load(task), []
-    path = RESULTS / "milliseconds.json"
-    milliseconds = json.loads(path.read_text()).get(task, {}) if path.exists() else {}
+    runs, rows, milliseconds = load(task), [], times_of(task)
     for horizon in HORIZONS:
         curves = {method: [loss for _, loss in draw_losses(runs, method, horizon)] for method in METHODS}
         target = min((curve[-1] for method, curve in curves.items() if curve and "ISAAC" not in method), default=0.0)
@@ -220,6 +248,7 @@ def main():
         tried = [task for task in tasks if any(run["method"] in TRIED for run in load(task))]
         print_comparison(tried, horizon, ["ISAAC + AdamW", *TRIED], "What was tried: test loss")
         print_pairs(tasks, horizon)
+        print_speed(tasks, horizon)
     for task in tasks:
         print_details(task)
     save_pictures(tasks, arguments.pictures)

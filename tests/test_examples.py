@@ -128,7 +128,7 @@ def test_soap_steps_as_the_paper_says():
 
 KFAC = """
 import keras, numpy as np
-import evidence, tasks
+import evidence, methods, tasks
 
 def build(seed):
     keras.utils.set_random_seed(seed)
@@ -137,7 +137,7 @@ def build(seed):
 x = np.random.default_rng(0).normal(size=(120, 6)).astype("float32")
 data = (x, (x[:, 0] > x[:, 1]).astype("int32"))
 task = tasks.TASKS["classifier"]._replace(build=build, data=lambda: (data, data, data), batch_size=12, steps=40)
-trainer = evidence.make_trainer(task, evidence.METHODS["K-FAC"])
+trainer = evidence.make_trainer(task, methods.METHODS["K-FAC"])
 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 expected = float(loss(data[1], build(0)(data[0])))
 assert abs(trainer.evaluate(trainer.start(0), *trainer.parts[0])["loss"] - expected) < 1e-3
@@ -155,7 +155,7 @@ def test_kfac_starts_from_the_tasks_model_and_learns(tmp_path):
 
 
 MEMORY = """
-import evidence, tasks
+import evidence, methods, tasks
 import keras, numpy as np
 
 def build(seed):
@@ -169,7 +169,7 @@ data = (x, (x[:, 0, 0] > x[:, 1, 1]).astype("int32"))
 task = tasks.TASKS["classifier"]._replace(build=build, data=lambda: (data, data, data), batch_size=12, steps=40)
 gradients = []
 for method in ("ISAAC + AdamW", "memory + AdamW"):
-    trainer = evidence.make_trainer(task, evidence.METHODS[method])
+    trainer = evidence.make_trainer(task, methods.METHODS[method])
     # Without a memory, it is ISAAC.
     trainer.average, trainer.inverse_every = 0.0, 1
     apply = trainer.optimizer.stateless_apply
@@ -179,7 +179,7 @@ for ours, theirs in zip(*gradients, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 # Each half's gradient meets the other half's curvature.
-trainer = evidence.make_trainer(task, evidence.METHODS["cross-fitting"])
+trainer = evidence.make_trainer(task, methods.METHODS["cross-fitting"])
 trainer.optimizer.stateless_apply = lambda variables, gradients, trainable: (gradients, variables)
 gradients = trainer._step(trainer.start(0), 5.0, np.arange(12), 1e-3, 0.1, 100.0, *data)[0][0]
 halves = [trainer._gradients(*trainer.start(0), *(part[half] for part in data)) for half in (slice(6), slice(6, 12))]
@@ -190,14 +190,24 @@ for (_, plain), ((_, (_, grams)), _) in zip(halves, reversed(halves), strict=Tru
     gradients[place] = gradients[place] - np.linalg.solve(gram + damping * np.eye(len(gram)), damping * plain[place]) / 2
 assert np.abs(gradients[place]).max() < 1e-5 * np.abs(halves[0][1][place]).max()
 
+# White rows leave Muon as it is; others do not.
+steps, whitened = [], methods.METHODS["whitened Muon"]
+for method in (whitened._replace(damping=1e8), whitened, methods.METHODS["Muon"]):
+    trainer = evidence.make_trainer(task, method)
+    trainer.inverse_every = 1
+    steps.append(trainer._step(trainer.start(0), 5.0, np.arange(12), 1e-2, 0.5, 100.0, *data)[0][0])
+assert any(np.abs(white - ours).max() > 1e-4 for white, ours, _ in zip(*steps, strict=True))
+for white, _, theirs in zip(*steps, strict=True):
+    np.testing.assert_allclose(white, theirs, atol=1e-5)
+
 # What is called "ISAAC()" has its defaults.
-method = evidence.METHODS["ISAAC()"]
+method = methods.METHODS["ISAAC()"]
 isaac = method.make()
 defaults = float(isaac.learning_rate), isaac.inner_optimizer.weight_decay, float(isaac.damping)
 np.testing.assert_allclose((method.learning_rate, method.second, method.damping), defaults)
 
 # The second number is the weight decay, and the damping stays.
-trainer = evidence.make_trainer(task, evidence.METHODS["ISAAC + AdamW, decay"])
+trainer = evidence.make_trainer(task, methods.METHODS["ISAAC + AdamW, decay"])
 before = trainer.start(0)[0]
 steps = [trainer._step(trainer.start(0), 5.0, np.arange(12), 1e-3, decay, 100.0, *data)[0][0] for decay in (0.0, 500.0)]
 for old, plain, decayed in zip(before, *steps, strict=True):
@@ -205,7 +215,7 @@ for old, plain, decayed in zip(before, *steps, strict=True):
 decayed_step = steps[1]
 
 # With a third number, which is the damping.
-trainer = evidence.make_trainer(task, evidence.METHODS["ISAAC + AdamW, all"])
+trainer = evidence.make_trainer(task, methods.METHODS["ISAAC + AdamW, all"])
 seconds = (500.0, 0.3), (500.0, 3.0)
 again, other = (trainer._step(trainer.start(0), 5.0, np.arange(12), 1e-3, each, 100.0, *data)[0][0] for each in seconds)
 for ours, theirs in zip(again, decayed_step, strict=True):

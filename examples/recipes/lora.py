@@ -71,7 +71,7 @@ def main():
     backbone.enable_lora(arguments.rank, LAYERS)
     start = model.get_weights()
     model = capture_inputs(model)
-    for optimizer in (keras.optimizers.AdamW(3e-2), ISAAC(3e-2)):
+    for optimizer in (keras.optimizers.AdamW(3e-2), ISAAC(3e-2, weight_decay=0.004)):
         model.set_weights(start)
         model.compile(optimizer, loss)
         model.fit(*training, batch_size=8, epochs=arguments.epochs, shuffle=False, verbose=0)
