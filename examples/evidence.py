@@ -2,7 +2,7 @@
 
     python evidence.py                                    # all that is missing: it resumes where it was stopped
     python evidence.py --tasks cnn,lora --methods "AdamW;ISAAC + AdamW" --horizon 4
-    python evidence.py --time                             # milliseconds a step, on a quiet machine
+    taskset -c 0 python evidence.py --time                # milliseconds a step, on one core
 
 - The learning rate warms up over 5 % of the steps and then falls to zero by a cosine, whatever the method (of
   ScheduleFreeAdamW, which is made for it, it stays).

@@ -118,6 +118,19 @@ def print_speed(tasks, horizon, methods=("Muon", "ISAAC()", "ISAAC + AdamW, all"
         markdown(["task", *methods], rows)
 
 
+def print_times(tasks, methods=("Muon", "SOAP", "ISAAC + AdamW")):
+    """Prints the time of a step, of AdamW's."""
+    times = {task: times_of(task) for task in tasks}
+    rows = [
+        [task, *(f"{known[method] / known['AdamW']:.2f}" if method in known else "" for method in methods)]
+        for task, known in times.items()
+        if "AdamW" in known
+    ]
+    if rows:
+        print("\nTime of a step, of AdamW's, on one CPU core")
+        markdown(["task", *methods], rows)
+
+
 def print_details(task):
     """Prints what was chosen on a task, and what came of it."""
     runs, rows, milliseconds = load(task), [], times_of(task)
@@ -249,6 +262,7 @@ def main():
         print_comparison(tried, horizon, ["ISAAC + AdamW", *TRIED], "What was tried: test loss")
         print_pairs(tasks, horizon)
         print_speed(tasks, horizon)
+    print_times(tasks)
     for task in tasks:
         print_details(task)
     save_pictures(tasks, arguments.pictures)
