@@ -87,6 +87,13 @@ def load_example(name):
     return module
 
 
+def run_script(code, folder):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path]), "KERAS_BACKEND": "jax"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def steps_of(optimizer, gradients):
     kernel = keras.Variable(np.linspace(-1, 1, gradients[0].size).reshape(gradients[0].shape).astype("float32"))
     optimizer.build([kernel])
@@ -148,10 +155,7 @@ assert run["loss"] < expected / 2, run
 
 @pytest.mark.skipif(importlib.util.find_spec("curvlinops") is None, reason="K-FAC is of curvlinops, which is not installed")
 def test_kfac_starts_from_the_tasks_model_and_learns(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])}
-    command = [sys.executable, "-W", "ignore", "-c", KFAC]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_script(KFAC, tmp_path)
 
 
 MEMORY = """
@@ -226,10 +230,7 @@ assert any(np.abs(ours - theirs).max() > 1e-5 for ours, theirs in zip(other, aga
 
 @slow_but_on_torch
 def test_trainers_of_memory_and_decay_do_as_they_say(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path])}
-    command = [sys.executable, "-W", "ignore", "-c", MEMORY]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_script(MEMORY, tmp_path)
 
 
 PHYSICS = """
@@ -258,10 +259,7 @@ for name, call in (("poisson", poisson), ("burgers", burgers)):
 
 @slow_but_on_torch
 def test_the_equations_are_those_that_their_solutions_solve(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path]), "KERAS_BACKEND": "jax"}
-    command = [sys.executable, "-W", "ignore", "-c", PHYSICS]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_script(PHYSICS, tmp_path)
 
 
 def test_trees_are_chosen_on_validation_data(monkeypatch):
