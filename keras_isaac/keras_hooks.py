@@ -28,7 +28,7 @@ from keras_isaac import backend
 from keras_isaac.scope import bind_scope
 
 # A mode of JAX alone, which an older Keras does not have.
-_IS_NNX = getattr(keras.config, "is_nnx_enabled", bool)()
+_IS_NNX = backend.IS_STATELESS and getattr(keras.config, "is_nnx_enabled", bool)()
 # NNX passes over the `train_step` of an instance, but not over what that step calls for the loss.
 _STEP = "compute_loss_and_updates" if _IS_NNX else "train_step"
 
