@@ -175,7 +175,8 @@ def print_pairs(tasks, horizon, baseline):
                 cells.append("")
                 continue
             new, old = ([each[seed]["loss"] for seed in seeds] for each in (new, old))
-            cell = f"{100 * (sum(new) / sum(old) - 1):+.1f} %"
+            ratio = sum(new) / sum(old)
+            cell = f"{100 * (ratio - 1):+.1f} %" if ratio < 3 else f"{ratio:.2g} times"
             cells.append(cell if len(seeds) < 2 else f"{cell} (p = {ttest_rel(new, old).pvalue:.2g})")
         if any(cells[1:]):
             rows.append(cells)
