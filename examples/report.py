@@ -192,21 +192,27 @@ def save_pictures(tasks, folder):
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = min(4, len(tasks))
-    rows = math.ceil(len(tasks) / columns)
     for name, (draw, label) in DRAWINGS.items():
+        points = {task: {method: draw(load(task), method) for method in OVERVIEW} for task in tasks}
+        # One point is no line.
+        shown = [task for task, lines in points.items() if any(len(line) > 1 for line in lines.values())]
+        columns = max(1, min(4, len(shown)))
+        rows = max(1, math.ceil(len(shown) / columns))
         size = (3.2 * columns, 0.6 + 2.6 * rows)
         figure, axes = plt.subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False)
-        for axis in axes.flat[len(tasks) :]:
+        for axis in axes.flat[len(shown) :]:
             axis.set_axis_off()
-        for axis, task in zip(axes.flat, tasks, strict=False):
-            for place, method in enumerate(OVERVIEW):
-                points = draw(load(task), method)
-                if points:
+        for axis, task in zip(axes.flat, shown, strict=False):
+            for place, (method, line) in enumerate(points[task].items()):
+                if line:
                     style = {"linewidth": 2.2} if "ISAAC" in method else {"linewidth": 1.2, "linestyle": "--"}
                     marker = None if draw is draw_losses else "o"
-                    axis.plot(*zip(*points, strict=True), color=f"C{place}", marker=marker, label=method, **style)
+                    axis.plot(*zip(*line, strict=True), color=f"C{place}", marker=marker, label=method, **style)
             axis.set(title=task, yscale="log", xscale="linear" if draw is draw_losses else "log", xlabel=label)
+            if draw is draw_horizons:
+                horizons = sorted({horizon for line in points[task].values() for horizon, _ in line})
+                axis.set_xticks(horizons, horizons)
+                axis.xaxis.set_minor_locator(mpl.ticker.NullLocator())
             axis.grid(alpha=0.3)
         handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         if handles:
