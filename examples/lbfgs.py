@@ -1,6 +1,6 @@
 """L-BFGS, of SciPy, on the equations of the comparison: on one set of points, as it must, where the others draw new ones.
 
-    python lbfgs.py [--points 256 1024] [--evaluations 2000]
+    python lbfgs.py [--points 256 1024] [--evaluations 2000] [--seeds 3]
 
 It prints the relative squared error of the solution, with the seconds that it took, for each number of points.
 """

@@ -31,8 +31,7 @@ class MemoryTrainer(Trainer):
 
     def _step(self, state, number, places, learning_rate, second, total, x, y):
         trainable, others, (variables, memory) = state
-        set_to = {id(self.optimizer.learning_rate): learning_rate * self._schedule(number, total)}
-        variables = [set_to.get(id(each), value) for each, value in zip(self.optimizer.variables, variables, strict=True)]
+        variables = self._with_rate(variables, learning_rate * self._schedule(number, total))
         (loss, (others, grams)), gradients = self._gradients(trainable, others, variables, x[places], y[places])
         new_memory = {}
         for place, (gram, rank) in grams.items():
@@ -45,6 +44,11 @@ class MemoryTrainer(Trainer):
             gradients[place] = _product(inverse, gradients[place])
         trainable, variables = self.optimizer.stateless_apply(variables, gradients, trainable)
         return (trainable, others, (variables, new_memory)), loss
+
+    def _with_rate(self, variables, rate):
+        """Returns the values of the optimizer's variables, the learning rate being this one."""
+        known = zip(self.optimizer.variables, variables, strict=True)
+        return [rate if variable is self.optimizer.learning_rate else value for variable, value in known]
 
     def _gradients(self, trainable, others, variables, x, y):
         """Returns the loss, with the other variables and the kernels' XᵀX/r and ranks, and the plain gradients."""
@@ -87,8 +91,7 @@ class WhitenedTrainer(MemoryTrainer):
     def _step(self, state, number, places, learning_rate, second, total, x, y):
         trainable, others, (variables, memory) = state
         rate = learning_rate * self._schedule(number, total)
-        set_to = {id(self.optimizer.learning_rate): rate}
-        variables = [set_to.get(id(each), value) for each, value in zip(self.optimizer.variables, variables, strict=True)]
+        variables = self._with_rate(variables, rate)
         (loss, (others, grams)), gradients = self._gradients(trainable, others, variables, x[places], y[places])
         inner, new_memory = self.optimizer.inner_optimizer, {}
         for place, (gram, rank) in grams.items():
@@ -118,8 +121,7 @@ class CrossFittingTrainer(MemoryTrainer):
 
     def _step(self, state, number, places, learning_rate, second, total, x, y):
         trainable, others, variables = state
-        set_to = {id(self.optimizer.learning_rate): learning_rate * self._schedule(number, total)}
-        variables = [set_to.get(id(each), value) for each, value in zip(self.optimizer.variables, variables, strict=True)]
+        variables = self._with_rate(variables, learning_rate * self._schedule(number, total))
         losses, grams, gradients = [], [], []
         for half in jnp.array_split(places, 2):
             (loss, (others, half_grams)), half_gradients = self._gradients(trainable, others, variables, x[half], y[half])

@@ -21,7 +21,7 @@ class Method(NamedTuple):
         tunes_damping: boolean, whether that damping is where the search of a third number starts. Defaults to `False`.
         is_constant: boolean, whether the learning rate stays after the warm-up.
         damping_power: float; the damping is multiplied by the schedule of the learning rate (of 1 at its peak) to this power.
-        trainer: name of the module, and of the class in it, that trains by this method. Defaults to this one's.
+        trainer: name of the module, and of the class in it, that trains by this method. Defaults to that of `evidence.py`.
         is_tuned: boolean, whether other settings than the first are tried. Defaults to `True`.
     """
 

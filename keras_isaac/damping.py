@@ -16,20 +16,22 @@ class Damping:
 
     def __init__(self, damping, owner):
         check_damping(damping)
-        self._schedule, self.variables = damping, []
-        if not isinstance(damping, LearningRateSchedule):
-            with keras.name_scope(owner):
-                variable = keras.Variable(
-                    initializer=keras.initializers.Constant(float(damping)),
-                    shape=(),
-                    dtype=keras.backend.floatx(),
-                    trainable=False,
-                    # Layers read it, and would round it to their compute dtype: 1e-8 is 0 in float16.
-                    autocast=False,
-                    aggregation="only_first_replica",
-                    name="damping",
-                )
-            self._schedule, self.variables = None, [variable]
+        self._schedule, self.variables = None, []
+        if isinstance(damping, LearningRateSchedule):
+            self._schedule = damping
+            return
+        with keras.name_scope(owner):
+            variable = keras.Variable(
+                initializer=keras.initializers.Constant(float(damping)),
+                shape=(),
+                dtype=keras.backend.floatx(),
+                trainable=False,
+                # Layers read it, and would round it to their compute dtype: 1e-8 is 0 in float16.
+                autocast=False,
+                aggregation="only_first_replica",
+                name="damping",
+            )
+        self.variables = [variable]
 
     def at(self, iteration):
         """Returns the variable, or the schedule's value."""

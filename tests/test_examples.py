@@ -262,6 +262,14 @@ def test_the_equations_are_those_that_their_solutions_solve(tmp_path):
     run_script(PHYSICS, tmp_path)
 
 
+@slow_but_on_torch
+def test_lbfgs_lowers_the_error_with_more_evaluations(tmp_path):
+    outputs = [run("lbfgs.py", "--points", 256, "--evaluations", count, "--seeds", 1, cwd=tmp_path) for count in (1, 100)]
+    first, later = (dict(re.findall(r"(\w+), 256 points: test ([\d.e+-]+)", output)) for output in outputs)
+    assert first.keys() == later.keys() == {"poisson", "burgers"}
+    assert all(float(later[name]) < float(first[name]) / 2 for name in first), outputs
+
+
 def test_trees_are_chosen_on_validation_data(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     trees = load_example("trees")
