@@ -85,10 +85,15 @@ METHODS = {
     "falling damping": Method(around_adamw, 1e-3, 1.0, damping_power=1.0),
     "rising damping": Method(around_adamw, 1e-3, 1.0, damping_power=-1.0),
     "first factor": Method(functools.partial(FirstFactor, weight_decay=0.004), 1e-3, 1.0),
-    "memory + AdamW": Method(around_adamw, 1e-3, 1.0, trainer="memory.MemoryTrainer"),
-    "short memory": Method(around_adamw, 1e-3, 1.0, trainer="memory.ShortMemoryTrainer"),
-    "cross-fitting": Method(around_adamw, 1e-3, 1.0, trainer="memory.CrossFittingTrainer"),
-    "whitened Muon": Method(around_muon, 3e-3, 0.04, damping=1.0, trainer="memory.WhitenedTrainer"),
+    "memory + AdamW": Method(around_adamw, 1e-3, 1.0, trainer="variants.MemoryTrainer"),
+    "short memory": Method(around_adamw, 1e-3, 1.0, trainer="variants.ShortMemoryTrainer"),
+    "memory + Muon": Method(around_muon, 1e-3, 1.0, trainer="variants.MemoryTrainer"),
+    "amortized": Method(around_adamw, 1e-3, 1.0, trainer="variants.AmortizedTrainer"),
+    "mean row": Method(around_adamw, 1e-3, 1.0, trainer="variants.MeanRowTrainer"),
+    "after momentum": Method(functools.partial(around_adamw, beta_1=0.0), 1e-3, 1.0, trainer="variants.LateTrainer"),
+    "damping by signal": Method(around_adamw, 1e-3, 1.0, trainer="variants.SignalTrainer"),
+    "cross-fitting": Method(around_adamw, 1e-3, 1.0, trainer="variants.CrossFittingTrainer"),
+    "whitened Muon": Method(around_muon, 3e-3, 0.04, damping=1.0, trainer="variants.WhitenedTrainer"),
 }
 # What was tried to better ISAAC, and is compared with it alone.
 TRIED = (
@@ -97,6 +102,11 @@ TRIED = (
     "first factor",
     "memory + AdamW",
     "short memory",
+    "memory + Muon",
+    "amortized",
+    "mean row",
+    "after momentum",
+    "damping by signal",
     "cross-fitting",
     "whitened Muon",
 )

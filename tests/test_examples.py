@@ -194,6 +194,45 @@ for (_, plain), ((_, (_, grams)), _) in zip(halves, reversed(halves), strict=Tru
     gradients[place] = gradients[place] - np.linalg.solve(gram + damping * np.eye(len(gram)), damping * plain[place]) / 2
 assert np.abs(gradients[place]).max() < 1e-5 * np.abs(halves[0][1][place]).max()
 
+# Of rows that are all alike, the mean row is the curvature.
+same = (np.broadcast_to(x[:1], x.shape), data[1])
+trainer = evidence.make_trainer(task, methods.METHODS["mean row"])
+(_, (_, grams)), _ = trainer._gradients(*trainer.start(0)[:2], trainer.start(0)[2][0], *same)
+trainer = evidence.make_trainer(task, methods.METHODS["amortized"])
+(_, (_, whole)), _ = trainer._gradients(*trainer.start(0)[:2], trainer.start(0)[2][0], *same)
+np.testing.assert_allclose(grams[place][0], whole[place][0], atol=1e-5)
+assert grams[place][1] == 1
+
+# The first step's momentum is its gradient, and the first of amortized inverses is new: both are ISAAC's step.
+gradients = []
+for name in ("ISAAC + AdamW", "amortized", "after momentum"):
+    trainer = evidence.make_trainer(task, methods.METHODS[name])
+    trainer.optimizer.stateless_apply = lambda variables, gradients, trainable: (gradients, variables)
+    state, gradients_of_two = trainer.start(0), []
+    trainable = state[0]
+    for number in range(2):
+        (gradient, others, memory), _ = trainer._step(state, float(number), np.arange(12), 1e-3, 0.1, 100.0, *data)
+        gradients_of_two.append(gradient)
+        state = [2 * weight for weight in trainable], others, memory
+    gradients.append(gradients_of_two)
+isaac, amortized, late = gradients
+for ours, theirs, momentum in zip(isaac[0], amortized[0], late[0], strict=True):
+    np.testing.assert_allclose(theirs, ours, atol=1e-3 * np.abs(ours).max())
+    np.testing.assert_allclose(momentum, ours, atol=1e-3 * np.abs(ours).max())
+# In the second step these have another curvature, or another gradient.
+assert np.abs(isaac[1][place] - amortized[1][place]).max() > 1e-3 * np.abs(isaac[1][place]).max()
+assert np.abs(isaac[1][place] - late[1][place]).max() > 1e-3 * np.abs(isaac[1][place]).max()
+
+# Halves that agree are damped ten times less, halves that do not ten times more.
+for flipped, factor in ((data[1][:6], 0.1), (1 - data[1][:6], 10.0)):
+    batch = np.concatenate([x[:6], x[:6]]), np.concatenate([data[1][:6], flipped])
+    steps = []
+    for name, damping in (("damping by signal", 0.1), ("ISAAC + AdamW", 0.1 * factor)):
+        trainer = evidence.make_trainer(task, methods.METHODS[name])
+        trainer.optimizer.stateless_apply = lambda variables, gradients, trainable: (gradients, variables)
+        steps.append(trainer._step(trainer.start(0), 5.0, np.arange(12), 1e-3, damping, 100.0, *batch)[0][0][place])
+    np.testing.assert_allclose(*steps, atol=1e-3 * np.abs(steps[1]).max())
+
 # White rows leave Muon as it is; others do not.
 steps, whitened = [], methods.METHODS["whitened Muon"]
 for method in (whitened._replace(damping=1e8), whitened, methods.METHODS["Muon"]):

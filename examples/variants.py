@@ -1,8 +1,9 @@
-"""Curvature of other rows than the gradient's, as methods of `evidence.py`, where ISAAC takes those of the batch alone.
+"""What was tried to better ISAAC, as methods of `evidence.py`: curvature of other rows, or met elsewhere.
 
-With a memory it is a moving average of XᵀX: FOOF ([Benzing, 2022](https://arxiv.org/abs/2201.12250)) around AdamW. With
-cross-fitting each half of the batch is conditioned by the other half's. Either is a matrix `[in, in]` of every kernel, so that
-its inverse costs what ISAAC spares; that of the moving average is renewed every few steps.
+ISAAC conditions the gradient by the rows of the same batch, before the momentum. Here the curvature is a moving average (FOOF,
+[Benzing, 2022](https://arxiv.org/abs/2201.12250); before Muon, [Newton-Muon, 2026](https://arxiv.org/abs/2604.01472)), that of
+an earlier batch, of the other half of the batch, or of the mean row alone; or it comes after the momentum, or with a damping of
+each layer's own. All are written with a matrix `[in, in]` of every kernel, so that an inverse costs what ISAAC spares.
 Tables of embeddings stay plain.
 """
 
@@ -60,9 +61,7 @@ class MemoryTrainer(Trainer):
 
             def record(kernel, call):
                 if call.rows is not None:
-                    rows = jax.lax.stop_gradient(call.rows)
-                    count = rows.shape[-2]
-                    grams[positions[id(kernel)]] = jnp.swapaxes(rows, -2, -1) @ rows / count, min(count, rows.shape[-1])
+                    grams[positions[id(kernel)]] = self._gram(jax.lax.stop_gradient(call.rows))
 
             # With such a damping the gradients stay plain.
             conditioning = dataclasses.replace(
@@ -75,11 +74,55 @@ class MemoryTrainer(Trainer):
 
         return jax.value_and_grad(loss_of, has_aux=True)(trainable)
 
+    def _gram(self, rows):
+        """Returns XᵀX/r and its rank."""
+        count = rows.shape[-2]
+        return jnp.swapaxes(rows, -2, -1) @ rows / count, min(count, rows.shape[-1])
+
 
 class ShortMemoryTrainer(MemoryTrainer):
     """One of about four batches."""
 
     average, inverse_every = 0.5, 1
+
+
+class AmortizedTrainer(MemoryTrainer):
+    """One batch stands for those of ten steps."""
+
+    average, inverse_every = 0.0, 10
+
+
+class MeanRowTrainer(MemoryTrainer):
+    """The mean row stands for all of its batch, so that the inverse is of rank one, and nearly free."""
+
+    average, inverse_every = 0.0, 1
+
+    def _gram(self, rows):
+        mean = jnp.mean(rows, axis=-2, keepdims=True)
+        return jnp.swapaxes(mean, -2, -1) @ mean, 1
+
+
+class LateTrainer(MemoryTrainer):
+    """The batch's curvature meets the momentum rather than the gradient; the optimizer has none of its own."""
+
+    momentum = 0.9
+
+    def start(self, seed):
+        """Returns the state, with a momentum of each weight."""
+        trainable, others, initial = Trainer.start(self, seed)
+        return trainable, others, (initial, [jnp.zeros_like(weight) for weight in trainable])
+
+    def _step(self, state, number, places, learning_rate, second, total, x, y):
+        trainable, others, (variables, momenta) = state
+        variables = self._with_rate(variables, learning_rate * self._schedule(number, total))
+        (loss, (others, grams)), gradients = self._gradients(trainable, others, variables, x[places], y[places])
+        pairs = zip(momenta, gradients, strict=True)
+        momenta = [self.momentum * momentum + (1 - self.momentum) * gradient for momentum, gradient in pairs]
+        updates = [momentum / (1 - self.momentum ** (number + 1)) for momentum in momenta]
+        for place, (gram, rank) in grams.items():
+            updates[place] = _product(jnp.linalg.inv(_damped(gram, rank, second)), updates[place])
+        trainable, variables = self.optimizer.stateless_apply(variables, updates, trainable)
+        return (trainable, others, (variables, momenta)), loss
 
 
 class WhitenedTrainer(MemoryTrainer):
@@ -122,18 +165,53 @@ class CrossFittingTrainer(MemoryTrainer):
     def _step(self, state, number, places, learning_rate, second, total, x, y):
         trainable, others, variables = state
         variables = self._with_rate(variables, learning_rate * self._schedule(number, total))
-        losses, grams, gradients = [], [], []
-        for half in jnp.array_split(places, 2):
-            (loss, (others, half_grams)), half_gradients = self._gradients(trainable, others, variables, x[half], y[half])
-            losses.append(loss)
-            grams.append(half_grams)
-            gradients.append(half_gradients)
+        losses, others, grams, gradients = self._halves(trainable, others, variables, places, x, y)
         for half_gradients, other_grams in zip(gradients, reversed(grams), strict=True):
             for place, (gram, rank) in other_grams.items():
                 half_gradients[place] = _product(jnp.linalg.inv(_damped(gram, rank, second)), half_gradients[place])
         means = [sum(pair) / 2 for pair in zip(*gradients, strict=True)]
         trainable, variables = self.optimizer.stateless_apply(variables, means, trainable)
         return (trainable, others, variables), sum(losses) / 2
+
+    def _halves(self, trainable, others, variables, places, x, y):
+        """Returns of each half the loss, the kernels' XᵀX/r and ranks and the plain gradients; and the other variables."""
+        losses, grams, gradients = [], [], []
+        for half in jnp.array_split(places, 2):
+            (loss, (others, half_grams)), half_gradients = self._gradients(trainable, others, variables, x[half], y[half])
+            losses.append(loss)
+            grams.append(half_grams)
+            gradients.append(half_gradients)
+        return losses, others, grams, gradients
+
+
+class SignalTrainer(CrossFittingTrainer):
+    """A trainer that damps a layer the more, the less the gradients of two halves of the batch agree.
+
+    Where they share half of their square, the damping is the tuned one; it is up to `bound` times more or less.
+    """
+
+    average, bound = 0.95, 10.0
+
+    def start(self, seed):
+        """Returns the state, with moving averages of each weight's shared square and whole square."""
+        trainable, others, initial = super().start(seed)
+        return trainable, others, (initial, [jnp.zeros(2) for _ in trainable])
+
+    def _step(self, state, number, places, learning_rate, second, total, x, y):
+        trainable, others, (variables, squares) = state
+        variables = self._with_rate(variables, learning_rate * self._schedule(number, total))
+        losses, others, grams, gradients = self._halves(trainable, others, variables, places, x, y)
+        updates, squares = [sum(pair) / 2 for pair in zip(*gradients, strict=True)], list(squares)
+        for place, (gram, rank) in grams[0].items():
+            one, two = (half[place] for half in gradients)
+            now = jnp.stack([jnp.vdot(one, two), (jnp.vdot(one, one) + jnp.vdot(two, two)) / 2])
+            squares[place] = self.average * squares[place] + (1 - self.average) * now
+            shared, whole = squares[place]
+            noise = jnp.clip((whole - shared) / jnp.maximum(shared, 1e-30), 1 / self.bound, self.bound)
+            both, rank = (gram + grams[1][place][0]) / 2, min(2 * rank, gram.shape[-1])
+            updates[place] = _product(jnp.linalg.inv(_damped(both, rank, second * noise)), updates[place])
+        trainable, variables = self.optimizer.stateless_apply(variables, updates, trainable)
+        return (trainable, others, (variables, squares)), sum(losses) / 2
 
 
 def _damped(gram, rank, damping):
