@@ -137,10 +137,18 @@ class Trainer:
 
     def run(self, setting, seed, horizon=1):
         """Returns the training loss and the validation loss after each tenth of the steps, and the measures of test data."""
+        state, train_losses, validation_losses = self.train(setting, seed, horizon)
+        if len(validation_losses) < NUM_CHECKS:
+            return {"train": None}
+        result = {"train": train_losses, "validation": validation_losses, **self.evaluate(state, *self.parts[2])}
+        return {name: [float(f"{x:.4g}") for x in v] if np.ndim(v) else float(f"{v:.4g}") for name, v in result.items()}
+
+    def train(self, setting, seed, horizon=1):
+        """Returns the last state, and the training and validation losses of each tenth of the steps, until one diverges."""
         learning_rate, *second = setting
         second = second if self.method.tunes_damping else second[0]
         state = self.start(seed)
-        (x, y), validation, test = self.parts
+        (x, y), validation, _ = self.parts
         num_steps = self.task.steps // NUM_CHECKS * horizon
         total = num_steps * NUM_CHECKS
         order = batches(len(x), total, self.task.batch_size, seed)
@@ -152,10 +160,9 @@ class Trainer:
                 losses.append(loss)
             train_losses.append(float(np.mean(losses)))
             if not train_losses[-1] < 10 * train_losses[0]:
-                return {"train": None}
+                break
             validation_losses.append(self.evaluate(state, *validation)["loss"])
-        result = {"train": train_losses, "validation": validation_losses, **self.evaluate(state, *test)}
-        return {name: [float(f"{x:.4g}") for x in v] if np.ndim(v) else float(f"{v:.4g}") for name, v in result.items()}
+        return state, train_losses, validation_losses
 
 
 def make_trainer(task, method):

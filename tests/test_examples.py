@@ -78,6 +78,30 @@ def test_evidence_resumes_and_is_reported(tmp_path, monkeypatch):
     assert math.isclose(float(mean.group(1)), (best["loss"] + adamw[3]["loss"]) / 2, rel_tol=1e-2)
     for name in ("evidence", "rates", "horizons"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    # The setting that was chosen is trained again, as it was.
+    output = run("flatness.py", "--tasks", "diabetes", "--methods", "AdamW;Muon", "--seeds", 1, cwd=tmp_path)
+    (cells,) = re.findall(r"\| diabetes \| AdamW \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", output)
+    assert math.isclose(float(cells[0]), best["loss"], rel_tol=1e-2)
+
+
+FLATNESS = """
+import jax.numpy as jnp
+import numpy as np
+from flatness import STEP, largest_eigenvalue, rise
+
+def loss(vector):
+    return 0.5 * jnp.sum(jnp.array([1.0, -3.0, 7.0, 0.0]) * vector**2)
+
+np.testing.assert_allclose(largest_eigenvalue(loss, jnp.ones(4)), 7.0, rtol=1e-4)
+weights = [jnp.full((10, 10), 2.0), jnp.full((3,), 5.0)]
+risen = rise(lambda weights: sum(jnp.sum(weight**2) for weight in weights), weights, num_draws=2000)
+np.testing.assert_allclose(risen, STEP**2 * (400 + 75), rtol=0.25)
+"""
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="the comparison runs on JAX")
+def test_flatness_is_that_of_a_quadratic_loss(tmp_path):
+    run_script(FLATNESS, tmp_path)
 
 
 def load_example(name):
