@@ -20,6 +20,15 @@ PAIRS = [(method, other) for other in ("AdamW", "Muon") for method in AROUND_ADA
 PAIRS += [("ISAAC + Muon", "Muon"), ("ISAAC + Muon, decay", "Muon")]
 # What the project's first page shows.
 OVERVIEW = ("AdamW", "Muon", "ISAAC()", "ISAAC + AdamW, all")
+# Defaults (of AdamW and Muon, Keras' own), and these two at the rate that ISAAC() has.
+UNTUNED = {
+    "AdamW()": ("AdamW", (0.001, 0.004)),
+    "AdamW(0.003)": ("AdamW", (0.003, 0.004)),
+    "Muon()": ("Muon", (0.001, 0.004)),
+    "Muon(0.003)": ("Muon", (0.003, 0.004)),
+    "SOAP()": ("SOAP", (0.003, 0.01)),
+    "ISAAC()": ("ISAAC()", (0.003, 0.4)),
+}
 COMPARED = [method for method in METHODS if method not in TRIED]
 
 
@@ -79,6 +88,23 @@ def print_comparison(tasks, horizon, methods, title):
     if rows:
         print(f"\n{title}, horizon {horizon}")
         markdown(["task", *columns], rows)
+
+
+def print_untuned(tasks):
+    """Prints the test loss of settings that are the same on all tasks, of the first seed; the least is bold."""
+    rows = []
+    for task in tasks:
+        runs = load(task)
+        found = {name: runs_of(runs, method, 1, setting) for name, (method, setting) in UNTUNED.items()}
+        losses = {name: each[0]["loss"] for name, each in found.items() if 0 in each}
+        if len(losses) > 1:
+            cells = {name: f"{loss:.3g}" for name, loss in losses.items()}
+            least = min(losses, key=losses.get)
+            cells[least] = f"**{cells[least]}**"
+            rows.append([task, *(cells.get(name, "") for name in UNTUNED)])
+    if rows:
+        print("\nTest loss without tuning, of one seed")
+        markdown(["task", *UNTUNED], rows)
 
 
 def part_to(losses, target):
@@ -263,6 +289,7 @@ def main():
         for baseline in ("AdamW", "Muon"):
             print_pairs(tasks, horizon, baseline)
         print_speed(tasks, horizon)
+    print_untuned(tasks)
     print_times(tasks)
     for task in tasks:
         print_details(task)
