@@ -20,14 +20,14 @@ PAIRS = [(method, other) for other in ("AdamW", "Muon") for method in AROUND_ADA
 PAIRS += [("ISAAC + Muon", "Muon"), ("ISAAC + Muon, decay", "Muon")]
 # What the project's first page shows.
 OVERVIEW = ("AdamW", "Muon", "ISAAC()", "ISAAC + AdamW, all")
-# Defaults (of AdamW and Muon, Keras' own), and these two at the rate that ISAAC() has.
+# Defaults (of AdamW and Muon, Keras' own), and these two at a rate about that of ISAAC().
 UNTUNED = {
     "AdamW()": ("AdamW", (0.001, 0.004)),
     "AdamW(0.003)": ("AdamW", (0.003, 0.004)),
     "Muon()": ("Muon", (0.001, 0.004)),
     "Muon(0.003)": ("Muon", (0.003, 0.004)),
     "SOAP()": ("SOAP", (0.003, 0.01)),
-    "ISAAC()": ("ISAAC()", (0.003, 0.4)),
+    "ISAAC()": ("ISAAC()", METHODS["ISAAC()"].start),
 }
 COMPARED = [method for method in METHODS if method not in TRIED]
 

@@ -46,7 +46,7 @@ class ISAAC(OptimizerAround):
 
     Args:
         learning_rate: float, `keras.optimizers.schedules.LearningRateSchedule` or callable, for the inner optimizer.
-            Defaults to `None`: 0.003 for AdamW, 0.1 for SGD, otherwise the inner optimizer's own default.
+            Defaults to `None`: 0.004 for AdamW, 0.1 for SGD, otherwise the inner optimizer's own default.
         damping: float > 0, or a `LearningRateSchedule` of the iteration. Much less than its unit trusts the curvature, much
             more approaches the plain gradient. The unit is each layer's own mean eigenvalue; with `relative_damping=False`,
             a squared input. Defaults to `1.0`.
@@ -72,7 +72,7 @@ class ISAAC(OptimizerAround):
             replicas do on TensorFlow and PyTorch in any case: no more crosses devices then than in a plain step. It holds for
             dense and einsum layers that see no mask, under `weight_sharing="expand"`; other layers are conditioned on the rows
             of the global batch. Defaults to `False`: all are.
-        **kwargs: arguments of the inner optimizer, such as `clipnorm=1.0`. Of AdamW, `weight_decay` defaults to 0.4, for runs
+        **kwargs: arguments of the inner optimizer, such as `clipnorm=1.0`. Of AdamW, `weight_decay` defaults to 0.3, for runs
             of hundreds to thousands of steps; take less for longer ones.
 
     Raises:

@@ -17,7 +17,7 @@ needs_muon = pytest.mark.skipif(Muon is None, reason="an older Keras has no Muon
 @pytest.mark.parametrize(
     ("arguments", "inner", "learning_rate"),
     [
-        ({}, keras.optimizers.AdamW, 0.003),
+        ({}, keras.optimizers.AdamW, 0.004),
         ({"learning_rate": 0.5}, keras.optimizers.AdamW, 0.5),
         ({"inner_optimizer": "adam"}, Adam, 0.001),
         ({"inner_optimizer": "adam", "learning_rate": 0.01}, Adam, 0.01),
@@ -46,7 +46,7 @@ def test_defaults():
     config = ISAAC().get_config()
     assert (config["damping"], config["relative_damping"], config["preserve_norm"]) == (1.0, True, False)
     inner = [ISAAC(), ISAAC(weight_decay=0.01), ISAAC(inner_optimizer=keras.optimizers.AdamW())]
-    assert [isaac.inner_optimizer.weight_decay for isaac in inner] == [0.4, 0.01, 0.004]
+    assert [isaac.inner_optimizer.weight_decay for isaac in inner] == [0.3, 0.01, 0.004]
 
 
 @pytest.mark.parametrize("damping", [0, 0.0, -1.0, float("nan"), float("inf"), "one", None, True, [1.0], np.float32(-1)])
