@@ -107,6 +107,7 @@ TRIED = (
     "mean row",
     "after momentum",
     "damping by signal",
+    "ISAAC + SOAP",
     "cross-fitting",
     "whitened Muon",
 )

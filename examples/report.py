@@ -18,6 +18,7 @@ from methods import METHODS, TRIED
 AROUND_ADAMW = ("ISAAC()", "ISAAC + AdamW", "ISAAC + AdamW, decay", "ISAAC + AdamW, all")
 PAIRS = [(method, other) for other in ("AdamW", "Muon") for method in AROUND_ADAMW]
 PAIRS += [("ISAAC + Muon", "Muon"), ("ISAAC + Muon, decay", "Muon")]
+PAIRS += [(method, "SOAP") for method in (*AROUND_ADAMW, "ISAAC + Muon, decay")]
 # What the project's first page shows.
 OVERVIEW = ("AdamW", "Muon", "ISAAC()", "ISAAC + AdamW, all")
 # Defaults (of AdamW and Muon, Keras' own), and these two at a rate about that of ISAAC().
@@ -29,7 +30,8 @@ UNTUNED = {
     "SOAP()": ("SOAP", (0.003, 0.01)),
     "ISAAC()": ("ISAAC()", METHODS["ISAAC()"].start),
 }
-COMPARED = [method for method in METHODS if method not in TRIED]
+OTHERS = ("momentum", "Lion", "ScheduleFreeAdamW", "K-FAC")
+COMPARED = [method for method in METHODS if method not in TRIED + OTHERS]
 
 
 def best_setting(runs, method, horizon):
@@ -286,7 +288,9 @@ def main():
         print_comparison(tasks, horizon, COMPARED, "Test loss")
         tried = [task for task in tasks if any(run["method"] in TRIED for run in load(task))]
         print_comparison(tried, horizon, ["ISAAC + AdamW", *TRIED], "What was tried: test loss")
-        for baseline in ("AdamW", "Muon"):
+        other = [task for task in tasks if any(run["method"] in OTHERS for run in load(task))]
+        print_comparison(other, horizon, ["AdamW", *OTHERS, "ISAAC()", "ISAAC + AdamW, all"], "Other baselines: test loss")
+        for baseline in ("AdamW", "Muon", "SOAP"):
             print_pairs(tasks, horizon, baseline)
         print_speed(tasks, horizon)
     print_untuned(tasks)
