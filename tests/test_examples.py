@@ -76,6 +76,8 @@ def test_evidence_resumes_and_is_reported(tmp_path, monkeypatch):
     mean = re.search(r"\| diabetes \| \**([\d.]+) ± [\d.e-]+\** \|", report)
     assert mean, report
     assert math.isclose(float(mean.group(1)), (best["loss"] + adamw[3]["loss"]) / 2, rel_tol=1e-2)
+    untuned = re.search(r"without tuning[\s\S]*?\| diabetes \| \**([\d.]+)", report)
+    assert math.isclose(float(untuned.group(1)), adamw[0]["loss"], rel_tol=1e-2)
     for name in ("evidence", "rates", "horizons"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     # The setting that was chosen is trained again, as it was.
