@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 LearningRateSchedule = keras.optimizers.schedules.LearningRateSchedule
-# Of AdamW what did best without tuning over the experiments of the README, and of SGD over those of the paper.
+# Of AdamW what does well without tuning in the experiments of the README, short and long; of SGD, in those of the paper.
 _DEFAULTS = (
     (keras.optimizers.AdamW, {"learning_rate": 0.004, "weight_decay": 0.3}),
     (keras.optimizers.SGD, {"learning_rate": 0.1}),
