@@ -22,14 +22,8 @@ PAIRS += [(method, "SOAP") for method in (*AROUND_ADAMW, "ISAAC + Muon, decay")]
 # What the project's first page shows.
 OVERVIEW = ("AdamW", "Muon", "ISAAC()", "ISAAC + AdamW, all")
 # Defaults (of AdamW and Muon, Keras' own), and these two at a rate about that of ISAAC().
-UNTUNED = {
-    "AdamW()": ("AdamW", (0.001, 0.004)),
-    "AdamW(0.003)": ("AdamW", (0.003, 0.004)),
-    "Muon()": ("Muon", (0.001, 0.004)),
-    "Muon(0.003)": ("Muon", (0.003, 0.004)),
-    "SOAP()": ("SOAP", (0.003, 0.01)),
-    "ISAAC()": ("ISAAC()", METHODS["ISAAC()"].start),
-}
+UNTUNED = {f"{method.removesuffix('()')}()": (method, METHODS[method].start) for method in ("AdamW", "Muon", "SOAP", "ISAAC()")}
+UNTUNED |= {f"{method}(0.003)": (method, (0.003, METHODS[method].second)) for method in ("AdamW", "Muon")}
 OTHERS = ("momentum", "Lion", "ScheduleFreeAdamW", "K-FAC")
 COMPARED = [method for method in METHODS if method not in TRIED + OTHERS]
 
