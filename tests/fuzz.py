@@ -138,7 +138,7 @@ def spoiled(inputs, kind, random):
         if kind in ("constant", "duplicates", "zeros"):
             inputs[...] = 0 if kind == "zeros" else inputs.flat[0]
         if kind in ("NaN", "infinity"):
-            # Tokens that the table does not have.
+            # The last token, and one that the table does not have.
             inputs.flat[random.integers(inputs.size)] = -1 if kind == "NaN" else 100
         return inputs.astype("float32") if kind == "integers" else inputs
     if kind in ("NaN", "infinity"):
@@ -234,11 +234,13 @@ def _layer(drawn):
         if case.vocabulary is None:
             dtype = {"bfloat16": ml_dtypes.bfloat16}.get(layer.compute_dtype, layer.compute_dtype)
             seen = inputs.astype(dtype).astype("float64")
-        elif drawn.data in ("NaN", "infinity"):
+        elif drawn.data == "infinity":
             # What tokens beyond the table mean is the backend's affair.
             continue
         else:
             seen = inputs.astype("int32")
+            # Negative ones count from its end.
+            seen = np.where(seen < 0, seen + case.vocabulary, seen)
         if name == "lora_kernel_b" and drawn.weight_sharing == "reduce" and drawn.subject.startswith("einsum"):
             # A sample has a row for each of the first factor's outputs; only its positions are reduced.
             continue
@@ -249,7 +251,10 @@ def _layer(drawn):
         # In float32, beyond these lengths the squares overflow or vanish.
         if drawn.preserve_norm and length > 1e-15 and norm < 1e15 and abs(length - norm) > max(1e-3, 64 * epsilon) * norm:
             yield f"gradient of {name} is not as long as the plain one: {length / norm}"
-        yield from (f"gradient of {name} {law}" for law in _kernel_laws(drawn, case, rows, matrix_of, precision, ours, theirs))
+        # LoRA's second factor meets what is looked up in the first.
+        is_table = case.vocabulary is not None and name != "lora_embeddings_b"
+        laws = _kernel_laws(drawn, case, is_table, rows, matrix_of, precision, ours, theirs)
+        yield from (f"gradient of {name} {law}" for law in laws)
     for name, ours, theirs in pairs:
         if theirs is None:
             continue
@@ -258,13 +263,13 @@ def _layer(drawn):
             yield f"{name}: {ours.ravel()[:4]} is not the plain layer's {theirs.ravel()[:4]}"
 
 
-def _kernel_laws(drawn, case, rows, matrix_of, precision, ours, theirs):
+def _kernel_laws(drawn, case, is_table, rows, matrix_of, precision, ours, theirs):
     """The laws of a conditioned gradient, one group of the kernel after another."""
     epsilon, smallest = precision
     places = matrix_of(np.arange(theirs.size).reshape(theirs.shape))
-    is_embedding = case.vocabulary is not None
     is_product = case.read is cases.dense or case.id in ("einsum-attention-output", "einsum-groups")
-    unshared = is_embedding or len(case.input_shape) == 2
+    # Tokens have no axis of features.
+    unshared = is_table or len(case.input_shape) == (2 if case.vocabulary is None else 1)
     is_reduced = drawn.weight_sharing == "reduce" and not unshared
     if is_reduced:
         rows = rows.reshape(len(rows), drawn.batch, -1, rows.shape[-1]).mean(axis=2)
@@ -306,13 +311,13 @@ def _kernel_laws(drawn, case, rows, matrix_of, precision, ours, theirs):
         expected = right.T @ ((damping / (damping + eigenvalues))[:, None] * inside)
         # The scale of a ternary kernel depends on it too.
         spanned = not is_reduced and case.id != "ternary-dense"
-        if not spanned or is_embedding:
+        if not spanned or is_table:
             # Tokens of padding have a gradient, and are no rows.
             expected += plain - right.T @ inside
         kappa = (eigenvalues.max() + resolved) / (eigenvalues.min() + resolved)
-        exact = spanned and (is_embedding or is_product or len(group) >= group.shape[1])
+        exact = spanned and (is_table or is_product or len(group) >= group.shape[1])
         scale = np.linalg.norm(expected) if exact else norm
-        bound = 100 * epsilon * (1 if is_embedding else kappa)
+        bound = 100 * epsilon * (1 if is_table else kappa)
         error = np.linalg.norm(conditioned - expected)
         if bound < 0.5 and error > bound * scale + 1e3 * smallest * np.sqrt(plain.size):
             yield f"{where}is not the oracle's: error {error / scale:.1e}, bound {bound:.1e}, condition {kappa:.1e}"

@@ -142,3 +142,22 @@ def test_sparse_tokens_of_jax_are_conditioned_as_dense_ones(kind):
     sparse, dense = (run(layer, each, cotangent, paper_isaac(damping=0.1)) for each in (BCOO.fromdense(tokens), tokens))
     np.testing.assert_array_equal(sparse.outputs, dense.outputs)
     np.testing.assert_array_equal(*(each.gradients[0] for each in (sparse, dense)))
+
+
+@each_table
+@pytest.mark.parametrize("options", [{}, {"preserve_norm": True}], ids=["as it comes", "preserve_norm"])
+@pytest.mark.parametrize("rank", [None, 2], ids=["table", "LoRA"])
+def test_negative_tokens_count_from_the_end_of_the_table_as_keras_looks_them_up(kind, options, rank):
+    layer = getattr(keras.layers, kind)(5, 3)
+    layer.build((None, None))
+    if rank:
+        layer.enable_lora(rank)
+    capture_inputs(layer)
+    cotangent = np.random.default_rng(0).normal(size=(2, 3, 3)).astype("float32")
+    tokens = np.array([[1, -2, 3], [4, 0, -1]], "int32")
+    negative, positive = (
+        run(layer, each, cotangent, paper_isaac(damping=0.1, **options)) for each in (tokens, tokens % layer.input_dim)
+    )
+    np.testing.assert_array_equal(negative.outputs, positive.outputs)
+    for ours, theirs in zip(negative.gradients, positive.gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)

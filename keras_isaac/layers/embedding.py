@@ -100,6 +100,8 @@ def _token_frequency(layer, conditioning, tokens):
     counted = ops.ones_like(tokens, dtype=dtype)
     if layer.mask_zero:
         counted = ops.cast(tokens != 0, dtype)
+    # Keras looks up negative tokens from the end of the table.
+    tokens = ops.where(tokens < 0, tokens + layer.input_dim, tokens)
     num_counted = backend.clip(ops.sum(counted), 1.0)
     frequency = backend.segment_sum(counted, tokens, layer.input_dim) / num_counted
     damping = ops.cast(conditioning.damping, dtype)
