@@ -78,6 +78,7 @@ METHODS = {
     "ISAAC + AdamW, decay": Method(ISAAC, 3e-3, 0.04, damping=0.3),
     "ISAAC + AdamW, all": Method(ISAAC, 3e-3, 0.4, damping=1.0, tunes_damping=True),
     "ISAAC + Muon, decay": Method(around_muon, 3e-3, 0.04, damping=0.3),
+    "ISAAC + Muon, all": Method(around_muon, 3e-3, 0.04, damping=1.0, tunes_damping=True),
     "momentum": Method(lambda: SGD(momentum=0.9, weight_decay=0.0), 0.1, 1e-4),
     "Lion": Method(Lion, 1e-4, 0.1),
     "ScheduleFreeAdamW": Method(lambda: ScheduleFreeAdamW(weight_decay=0.0), 0.003, 0.01, is_constant=True),
