@@ -53,7 +53,7 @@ class Trainer:
         parts = task.data()
         jax.config.update("jax_enable_x64", parts[0][0].dtype == "float64")
         self.parts = [[jax.numpy.asarray(each) for each in part] for part in parts]
-        self.model = capture_inputs(task.build(0))
+        self.model = capture_inputs(task.build(0), exclude=method.exclude)
         self.optimizer = method.make()
         self.optimizer.build(self.model.trainable_variables)
         self.initial = [variable.value for variable in self.optimizer.variables]

@@ -23,6 +23,7 @@ class Method(NamedTuple):
         damping_power: float; the damping is multiplied by the schedule of the learning rate (of 1 at its peak) to this power.
         trainer: name of the module, and of the class in it, that trains by this method. Defaults to that of `evidence.py`.
         is_tuned: boolean, whether other settings than the first are tried. Defaults to `True`.
+        exclude: regular expression of the paths of layers that ISAAC leaves plain. Defaults to `None`: none.
     """
 
     make: object
@@ -34,6 +35,7 @@ class Method(NamedTuple):
     damping_power: float = 0.0
     trainer: str = "evidence.Trainer"
     is_tuned: bool = True
+    exclude: str | None = None
 
     @property
     def start(self):
@@ -56,9 +58,13 @@ class FirstFactor(ISAAC):
 around_adamw = functools.partial(ISAAC, weight_decay=0.004)
 
 
+# Tables and the last layer, which Muon leaves to AdamW.
+NOT_HIDDEN = "embedding|logits"
+
+
 def muon():
-    """Returns Muon, which leaves tables and the last layer to AdamW."""
-    return Muon(exclude="embedding|logits")
+    """Returns Muon."""
+    return Muon(exclude=NOT_HIDDEN)
 
 
 def around_muon():
@@ -78,6 +84,7 @@ METHODS = {
     "ISAAC + AdamW, decay": Method(ISAAC, 3e-3, 0.04, damping=0.3),
     "ISAAC + AdamW, all": Method(ISAAC, 3e-3, 0.4, damping=1.0, tunes_damping=True),
     "ISAAC + Muon, decay": Method(around_muon, 3e-3, 0.04, damping=0.3),
+    "ISAAC + Muon, hidden": Method(around_muon, 3e-3, 0.04, damping=0.3, exclude=f".*({NOT_HIDDEN}).*"),
     "ISAAC + Muon, all": Method(around_muon, 3e-3, 0.04, damping=1.0, tunes_damping=True),
     "momentum": Method(lambda: SGD(momentum=0.9, weight_decay=0.0), 0.1, 1e-4),
     "Lion": Method(Lion, 1e-4, 0.1),

@@ -16,16 +16,16 @@ from evidence import HORIZONS, NUM_CHECKS, RESULTS, load, neighbours, searched, 
 from methods import METHODS, TRIED
 
 AROUND_ADAMW = ("ISAAC()", "ISAAC + AdamW", "ISAAC + AdamW, decay", "ISAAC + AdamW, all")
-PAIRS = [(method, other) for other in ("AdamW", "Muon") for method in AROUND_ADAMW]
-PAIRS += [("ISAAC + Muon", "Muon"), ("ISAAC + Muon, decay", "Muon")]
-PAIRS += [(method, "SOAP") for method in (*AROUND_ADAMW, "ISAAC + Muon, decay")]
+AROUND_MUON = ("ISAAC + Muon", "ISAAC + Muon, decay", "ISAAC + Muon, hidden", "ISAAC + Muon, all")
+PAIRS = [(method, "AdamW") for method in AROUND_ADAMW]
+PAIRS += [(method, other) for other in ("Muon", "SOAP") for method in (*AROUND_ADAMW, *AROUND_MUON[1:])]
 # What the project's first page shows.
 OVERVIEW = ("AdamW", "Muon", "ISAAC()", "ISAAC + AdamW, all")
 # Defaults (of AdamW and Muon, Keras' own), and these two at a rate about that of ISAAC().
 UNTUNED = {f"{method.removesuffix('()')}()": (method, METHODS[method].start) for method in ("AdamW", "Muon", "SOAP", "ISAAC()")}
 UNTUNED |= {f"{method}(0.003)": (method, (0.003, METHODS[method].second)) for method in ("AdamW", "Muon")}
 OTHERS = ("momentum", "Lion", "ScheduleFreeAdamW", "K-FAC")
-COMPARED = [method for method in METHODS if method not in TRIED + OTHERS]
+COMPARED = [method for method in METHODS if method not in TRIED + OTHERS + AROUND_MUON]
 
 
 def best_setting(runs, method, horizon):
@@ -204,7 +204,9 @@ def print_pairs(tasks, horizon, baseline):
             rows.append(cells)
     if rows:
         print(f"\nChange of the test loss from {baseline}'s, horizon {horizon}")
-        markdown(["task", *(new for new, _ in pairs)], rows)
+        columns = zip(["task", *(new for new, _ in pairs)], *rows, strict=True)
+        header, *rows = zip(*(column for column in columns if any(column[1:])), strict=True)
+        markdown(header, rows)
 
 
 def save_pictures(tasks, folder):
@@ -280,6 +282,7 @@ def main():
     for horizon in HORIZONS:
         print_comparison(tasks, horizon, OVERVIEW, "In short")
         print_comparison(tasks, horizon, COMPARED, "Test loss")
+        print_comparison(tasks, horizon, ["Muon", *AROUND_MUON], "Around Muon: test loss")
         tried = [task for task in tasks if any(run["method"] in TRIED for run in load(task))]
         print_comparison(tried, horizon, ["ISAAC + AdamW", *TRIED], "What was tried: test loss")
         other = [task for task in tasks if any(run["method"] in OTHERS for run in load(task))]

@@ -192,7 +192,7 @@ def build(seed):
     keras.utils.set_random_seed(seed)
     inputs = keras.Input((7, 6))
     x = keras.layers.Conv1D(5, 3)(keras.layers.MultiHeadAttention(2, 3)(inputs, inputs))
-    return keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
+    return keras.Model(inputs, keras.layers.Dense(2, name="logits")(keras.layers.Flatten()(x)))
 
 x = np.random.default_rng(0).normal(size=(24, 7, 6)).astype("float32")
 data = (x, (x[:, 0, 0] > x[:, 1, 1]).astype("int32"))
@@ -268,6 +268,19 @@ for method in (whitened._replace(damping=1e8), whitened, methods.METHODS["Muon"]
 assert any(np.abs(white - ours).max() > 1e-4 for white, ours, _ in zip(*steps, strict=True))
 for white, _, theirs in zip(*steps, strict=True):
     np.testing.assert_allclose(white, theirs, atol=1e-5)
+
+# "Hidden" leaves the last layer's gradient plain, and is "decay" in all others.
+steps = []
+for name in ("ISAAC + Muon, hidden", "ISAAC + Muon, decay", "Muon"):
+    trainer = evidence.make_trainer(task, methods.METHODS[name])
+    trainer.optimizer.stateless_apply = lambda variables, gradients, trainable: (gradients, variables)
+    steps.append(trainer._step(trainer.start(0), 5.0, np.arange(12), 1e-2, 0.04, 100.0, *data)[0][0])
+*_, (ours, everywhere, plain), _ = zip(*steps, strict=True)
+np.testing.assert_allclose(ours, plain, atol=1e-6)
+assert np.abs(ours - everywhere).max() > 1e-3
+for ours, everywhere, _ in list(zip(*steps, strict=True))[:-2]:
+    np.testing.assert_allclose(ours, everywhere, atol=1e-6)
+assert any(np.abs(ours - plain).max() > 1e-3 for ours, _, plain in zip(*steps, strict=True))
 
 # What is called "ISAAC()" has its defaults.
 method = methods.METHODS["ISAAC()"]
