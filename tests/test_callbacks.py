@@ -188,10 +188,11 @@ def test_a_monitored_run_is_the_run_without(around):
         state = [to_numpy(v) for v in (*model.variables, *model.optimizer.variables, *model.metrics_variables)]
         losses = {key: values for key, values in history.history.items() if "/" not in key}
         runs.append((losses, state))
-    assert runs[0][0] == runs[1][0]
+    # Not to the bit: TensorFlow's threads do not promise that of the same run twice.
+    assert {key: pytest.approx(values, rel=1e-5) for key, values in runs[0][0].items()} == runs[1][0]
     assert len(runs[0][1]) == len(runs[1][1])
     for without, watched in zip(runs[0][1], runs[1][1], strict=True):
-        np.testing.assert_array_equal(without, watched)
+        assert oracle.relative_error(watched, without) < 1e-5
     assert monitor.history["step"] == list(range(8))
 
 

@@ -179,7 +179,8 @@ def test_a_model_quantized_and_captured_in_either_order_trains_alike(mode):
     first = train(lambda model: quantize(capture_inputs(model)))
     second = train(lambda model: (quantize(model), capture_inputs(model)))
     for ours, theirs in zip(first, second, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+        # Not to the bit: TensorFlow's threads do not promise that of the same run twice.
+        assert relative_error(ours, theirs) < 1e-5
 
 
 @without_warnings
