@@ -77,7 +77,7 @@ METHODS = {
     "Muon": Method(muon, 1e-3, 0.004),
     "SOAP": Method(SOAP, 3e-3, 0.01),
     # Its defaults.
-    "ISAAC()": Method(ISAAC, 4e-3, 0.3, damping=1.0, is_tuned=False),
+    "ISAAC()": Method(ISAAC, 1e-3, 0.004, damping=1.0, is_tuned=False),
     "ISAAC + AdamW": Method(around_adamw, 1e-3, 1.0),
     "ISAAC + Muon": Method(around_muon, 1e-3, 1.0),
     "ISAAC + SOAP": Method(lambda: ISAAC(inner_optimizer=SOAP()), 3e-3, 1.0),

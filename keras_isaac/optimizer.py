@@ -36,8 +36,8 @@ class ISAAC(OptimizerAround):
 
     where λ is the damping. The factor λ in front makes the inner optimizer's plain step the limit of a large damping. When
     the batch is smaller than the layer is wide, only a matrix of `[rows, rows]` is inverted, and the overhead vanishes.
-    Clipping, weight decay, moving averages, gradient accumulation and `iterations` are the inner optimizer's. The defaults
-    are what did best over the experiments of the README without tuning; the paper's own method is
+    Clipping, weight decay, moving averages, gradient accumulation and `iterations` are the inner optimizer's, and so are
+    its defaults: `ISAAC()` trains as AdamW does, on conditioned gradients. The paper's own method is
     `ISAAC(learning_rate=0.1, damping=1.0, inner_optimizer="sgd", relative_damping=False)`.
 
     References:
@@ -46,7 +46,7 @@ class ISAAC(OptimizerAround):
 
     Args:
         learning_rate: float, `keras.optimizers.schedules.LearningRateSchedule` or callable, for the inner optimizer.
-            Defaults to `None`: 0.004 for AdamW, 0.1 for SGD, otherwise the inner optimizer's own default.
+            Defaults to `None`: 0.1 for SGD, otherwise the inner optimizer's own default.
         damping: float > 0, or a `LearningRateSchedule` of the iteration. Much less than its unit trusts the curvature, much
             more approaches the plain gradient. The unit is each layer's own mean eigenvalue; with `relative_damping=False`,
             a squared input. Defaults to `1.0`.
@@ -72,8 +72,7 @@ class ISAAC(OptimizerAround):
             replicas do on TensorFlow and PyTorch in any case: no more crosses devices then than in a plain step. It holds for
             dense and einsum layers that see no mask, under `weight_sharing="expand"`; other layers are conditioned on the rows
             of the global batch. Defaults to `False`: all are.
-        **kwargs: arguments of the inner optimizer, such as `clipnorm=1.0`. Of AdamW, `weight_decay` defaults to 0.3, for runs
-            of hundreds to thousands of steps; take less for longer ones.
+        **kwargs: arguments of the inner optimizer, such as `clipnorm=1.0`. Those not given have its own defaults.
 
     Raises:
         ValueError: if a damping is not a finite number above 0, if `learning_rate` or `kwargs` come with an instance, if

@@ -17,7 +17,7 @@ needs_muon = pytest.mark.skipif(Muon is None, reason="an older Keras has no Muon
 @pytest.mark.parametrize(
     ("arguments", "inner", "learning_rate"),
     [
-        ({}, keras.optimizers.AdamW, 0.004),
+        ({}, keras.optimizers.AdamW, 0.001),
         ({"learning_rate": 0.5}, keras.optimizers.AdamW, 0.5),
         ({"inner_optimizer": "adam"}, Adam, 0.001),
         ({"inner_optimizer": "adam", "learning_rate": 0.01}, Adam, 0.01),
@@ -42,11 +42,21 @@ def test_inner_optimizer_instance_and_keyword_arguments():
     assert (float(to_numpy(positional.damping)), positional.name) == (2.0, "mine")
 
 
+@pytest.mark.parametrize("inner_optimizer", [keras.optimizers.AdamW, Adam, keras.optimizers.Lion])
+def test_by_name_by_class_and_as_an_instance_it_is_the_same_optimizer(inner_optimizer):
+    name = inner_optimizer.__name__.lower()
+    configs = []
+    for given in (name, inner_optimizer, inner_optimizer()):
+        inner = ISAAC(inner_optimizer=given).get_config()["inner_optimizer"]
+        configs.append({**inner, "config": {**inner["config"], "name": None}})
+    assert configs[0] == configs[1] == configs[2]
+
+
 def test_defaults():
     config = ISAAC().get_config()
     assert (config["damping"], config["relative_damping"], config["preserve_norm"]) == (1.0, True, False)
     inner = [ISAAC(), ISAAC(weight_decay=0.01), ISAAC(inner_optimizer=keras.optimizers.AdamW())]
-    assert [isaac.inner_optimizer.weight_decay for isaac in inner] == [0.3, 0.01, 0.004]
+    assert [isaac.inner_optimizer.weight_decay for isaac in inner] == [0.004, 0.01, 0.004]
 
 
 @pytest.mark.parametrize("damping", [0, 0.0, -1.0, float("nan"), float("inf"), "one", None, True, [1.0], np.float32(-1)])
