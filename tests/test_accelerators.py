@@ -1,4 +1,4 @@
-"""The counts of `examples/accelerators.py`, without the compilers that it takes: on short programs, whose counts are known."""
+"""The counts of `examples/benchmarks/accelerators.py` on short programs with known counts; no compiler is needed."""
 
 import importlib
 import json
@@ -12,12 +12,12 @@ import keras
 import pytest
 from harness import BACKEND
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
-def _examples(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def _benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_counts_the_plain_and_the_captured_step_in_the_same_way(accelerators, ca
 
 
 def run(*arguments, cwd):
-    command = [sys.executable, str(EXAMPLES / "accelerators.py"), *map(str, arguments)]
+    command = [sys.executable, str(BENCHMARKS / "accelerators.py"), *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "120"}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
 

@@ -1,4 +1,4 @@
-"""The Python of the README and of CONTRIBUTING runs as it is written, and the README stays short."""
+"""The Python of the README and of CONTRIBUTING runs as it is written."""
 
 import re
 from pathlib import Path
@@ -45,11 +45,7 @@ def test_the_adapter_of_contributing_keeps_the_laws(count_traces):
     laws.test_second_step_compiles_nothing(case, count_traces)
 
 
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_bytes()) <= 9 * 1024
-
-
-@pytest.mark.parametrize("page", ["README.md", "examples/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md", "examples/benchmarks/RESULTS.md"])
 def test_what_a_page_links_to_is_there(page):
     targets = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
     assert targets
