@@ -11,6 +11,7 @@ from keras_isaac import backend, scope
 from keras_isaac.backend import matmul, trace
 from keras_isaac.curvature import plan
 from keras_isaac.curvature.conditioner import in_full_precision, summed_damping
+from keras_isaac.layers.calls import is_sparse
 from keras_isaac.optimizer import isaacs_in
 from keras_isaac.summary import run_on_shapes
 
@@ -38,6 +39,8 @@ def measurement(model, data):
         told = []
 
         def record(conditioning, kernel, call):
+            if call.reason is not None:
+                return
             calls.append(kernel)
             told.append(spectrum(conditioning, call))
 
@@ -91,7 +94,7 @@ def _prepare(model, data):
 
 
 def _spec(tensor):
-    return keras.KerasTensor(tensor.shape, keras.backend.standardize_dtype(tensor.dtype))
+    return keras.KerasTensor(tensor.shape, keras.backend.standardize_dtype(tensor.dtype), sparse=is_sparse(tensor))
 
 
 def spectrum(conditioning, call):

@@ -1,13 +1,17 @@
 """`kernel_status`: which kernels of a model are conditioned, and why the others are plain."""
 
+import contextlib
 import math
 from typing import NamedTuple
 
 import keras
 
 from keras_isaac.captured_layer import is_captured
+from keras_isaac.curvature.record import SPARSE
 from keras_isaac.keras_hooks import quantization
 from keras_isaac.layers import adapter_of, kernels_of, supported_kinds
+from keras_isaac.layers.calls import is_sparse
+from keras_isaac.layers.dense import DenseAdapter
 from keras_isaac.optimizer import isaacs_in
 from keras_isaac.selection import walk
 
@@ -115,11 +119,23 @@ def _reason(layer, adapter, variable, is_read, training):
         return "the layer computes its kernel from it"
     if not is_read:
         return "does not meet the layer's inputs in a product"
+    if reads_sparse_inputs(layer):
+        return SPARSE
     if not is_captured(layer):
         return "not captured"
     if training and not any(trains(variable) for trains in training):
         return "trained by another optimizer"
     return None
+
+
+def reads_sparse_inputs(layer: keras.Layer) -> bool:
+    """Returns whether a functional model calls this `Dense` on sparse inputs, which leave its kernel plain."""
+    if adapter_of(layer) is not DenseAdapter:
+        return False
+    # A layer outside a functional model has no `input`, nor has one that is called several times.
+    with contextlib.suppress(AttributeError, ValueError):
+        return is_sparse(layer.input)
+    return False
 
 
 def why_plain(model):

@@ -14,6 +14,7 @@ import rich.table
 from keras_isaac import scope
 from keras_isaac.captured_layer import captured_throughout
 from keras_isaac.curvature import plan
+from keras_isaac.layers.calls import is_sparse
 from keras_isaac.optimizer import ISAAC, isaacs_in
 from keras_isaac.status import KernelStatus, statuses_of
 
@@ -132,7 +133,7 @@ def _input_specs(model, batch_size, inputs):
         if None in rest:
             open_sizes.append(tuple(tensor.shape))
         shape = (batch_size or first or 32, *rest)
-        return keras.KerasTensor(shape, keras.backend.standardize_dtype(tensor.dtype), sparse=getattr(tensor, "sparse", False))
+        return keras.KerasTensor(shape, keras.backend.standardize_dtype(tensor.dtype), sparse=is_sparse(tensor))
 
     specs = None if inputs is None else keras.tree.map_structure(spec, inputs)
     if specs is None or open_sizes:
@@ -161,6 +162,11 @@ def _with_arithmetic(status, calls):
     if not calls:
         # Nothing of a step goes through it, or nothing is known of its layer.
         return status if status.reason else status._replace(reason="not called in training")
+    plain, calls = [call for call in calls if call.reason], [call for call in calls if not call.reason]
+    if not calls:
+        return status._replace(calls=len(plain), reason=status.reason or plain[0].reason)
+    if plain and not status.reason:
+        status = status._replace(note=f"{len(plain)} of {len(plain) + len(calls)} calls plain: {plain[0].reason}")
     first = calls[0]
     products = [math.prod(call.shape) * call.num_represented for call in calls if call.frequency is None]
     status = status._replace(

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+# The `reason` of calls on sparse inputs.
+SPARSE = "sparse inputs"
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
@@ -18,6 +21,7 @@ class KernelCall:
         frequency: tensor `[in]`, for a table of tokens: the share of each token.
         damping: scalar tensor, for a table: what stands beside the frequencies.
         num_output_rows: integer, how many rows condition the outputs' side, or `None`.
+        reason: string, why this call leaves the kernel's gradient plain, or `None`. Nothing else is known of such a call.
     """
 
     shape: tuple
@@ -28,6 +32,7 @@ class KernelCall:
     frequency: Any = None
     damping: Any = None
     num_output_rows: int | None = None
+    reason: str | None = None
 
     @property
     def num_rows(self):

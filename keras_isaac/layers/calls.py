@@ -1,6 +1,7 @@
 """What the adapters share: conditioned products and kernels, a layer's own call with other kernels, masks, biases."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from keras import ops
 from keras_isaac.backend import layout
 from keras_isaac.curvature import operations, plan
 from keras_isaac.curvature.conditioner import cast
-from keras_isaac.curvature.record import KernelCall
+from keras_isaac.curvature.record import SPARSE, KernelCall
 from keras_isaac.curvature.rows import Rows, sampled_rows
 from keras_isaac.keras_hooks import call_with, mask_of, own_call, quantization  # noqa: F401 (adapters take them from here)
 from keras_isaac.scope import Conditioning
@@ -51,6 +52,27 @@ def conditioned(matrix: Any, conditioning: Conditioning, rows: Rows, outputs: Ou
     kernel, twin, carrier = _with_twin_and_carrier(matrix, conditioning, outputs)
     kernel = _conditioned_kernel(kernel, twin, conditioning, call)
     return kernel if outputs is None else (kernel, carrier)
+
+
+def is_sparse(inputs):
+    """Returns whether inputs are a sparse tensor: of a backend, where it has `indices`, or of a functional model."""
+    indices = getattr(inputs, "indices", None)
+    # A dense tensor of PyTorch has a method of this name.
+    return getattr(inputs, "sparse", False) is True or (indices is not None and not callable(indices))
+
+
+def note_sparse(layer, conditionings):
+    """Warns, and records with each `Conditioning`, that sparse inputs leave this call of a layer plain.
+
+    Conditioning would need the rows as a dense matrix, which takes many times as long as the sparse product.
+    """
+    warnings.warn(
+        f"{type(layer).__name__} layer '{layer.path}' trains with its plain gradient, because its inputs are sparse. To "
+        "condition it, pass dense inputs. To silence this warning, pass the layer to `capture_inputs(..., exclude=)`.",
+        stacklevel=2,
+    )
+    for conditioning in filter(None, conditionings):
+        conditioning.note(KernelCall((), reason=SPARSE))
 
 
 def has_lora(layer):
@@ -140,8 +162,8 @@ def product(inputs, kernel, conditioning, mask, num_groups=0):
         mask: tensor `[(groups,) samples, *positions]`, with or without the groups, true where a position counts, or `None`.
         num_groups: 1 if there is an axis of groups, else 0.
     """
-    # What `matmul` promotes, the conditioned product is given: sparse inputs dense, integers in the kernel's dtype.
-    inputs = cast(as_dense(inputs), kernel.dtype)
+    # `matmul` would promote integers.
+    inputs = cast(ops.convert_to_tensor(inputs), kernel.dtype)
     is_matrix = len(inputs.shape) == num_groups + 2
     # Whether each row of the product counts by itself.
     has_product = mask is None and (is_matrix or conditioning.weight_sharing == "expand")

@@ -4,14 +4,16 @@ from keras import ops
 
 from keras_isaac.curvature.rows import sampled_rows
 from keras_isaac.layers.calls import (
-    as_dense,
     bias_and_activation,
     call_with,
     conditioned,
     conditioned_factors,
     has_lora,
+    is_sparse,
     main_kernels,
     mask_of,
+    note_sparse,
+    own_call,
     product,
     quantization,
 )
@@ -29,11 +31,14 @@ class DenseAdapter:
     def call(layer, conditioning_of, inputs, training=None):
         """`Dense.call`."""
         kernels = DenseAdapter.kernels(layer)
+        if is_sparse(inputs):
+            note_sparse(layer, map(conditioning_of, kernels))
+            return own_call(layer)(layer, inputs, training=training)
         values = [ops.convert_to_tensor(kernel) for kernel in kernels]
         (conditioning, *_) = filter(None, map(conditioning_of, kernels))
         if quantization(layer) is None and not has_lora(layer):
             return bias_and_activation(layer, product(inputs, values[0], conditioning, mask_of(inputs)))
-        rows = sampled_rows(as_dense(inputs), conditioning, mask_of(inputs))
+        rows = sampled_rows(inputs, conditioning, mask_of(inputs))
         if has_lora(layer):
             values = conditioned_factors(kernels, values, conditioning_of, rows)
         else:

@@ -6,7 +6,7 @@ import math
 from keras import ops
 
 from keras_isaac.curvature.rows import sampled_rows
-from keras_isaac.layers.calls import call_with, conditioned, mask_of
+from keras_isaac.layers.calls import call_with, conditioned, is_sparse, mask_of, note_sparse
 
 
 class RegisteredAdapter:
@@ -33,6 +33,9 @@ class RegisteredAdapter:
             if conditioning is not None:
                 rows = rows_of(layer, inputs)
                 rows, mask = rows if isinstance(rows, tuple) else (rows, mask_of(inputs))
+                if is_sparse(rows):
+                    note_sparse(layer, [conditioning])
+                    continue
                 values.append((variable, self._conditioned(layer, name, variable, rows, mask, groups, conditioning)))
         return call_with(layer, values, inputs, *args, **kwargs)
 
