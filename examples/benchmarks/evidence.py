@@ -1,21 +1,19 @@
-"""Compares ISAAC with other optimizers under one protocol, on Keras with JAX; `report.py` prints and draws what came out.
+"""Trains every method on every task, searches each one's best setting, and stores the runs in `results/TASK.jsonl`.
 
     python evidence.py                                    # all that is missing: it resumes where it was stopped
-    python evidence.py --tasks cnn,lora --methods "AdamW;ISAAC + AdamW" --horizon 4
-    taskset -c 0 python evidence.py --time                # milliseconds a step, on one core
+    python evidence.py --tasks cnn,lora --methods "AdamW;Muon" --horizon 4
 
-- The learning rate warms up over 5 % of the steps and then falls to zero by a cosine, whatever the method (of
-  ScheduleFreeAdamW, which is made for it, it stays).
-- Each method gets the same number of settings, over its learning rate and a second number: the damping of ISAAC and K-FAC, the
-  weight decay of the others; but "ISAAC()" its defaults alone. The first setting is what `METHODS` says, the default of most;
-  each further one is a neighbour of the best so far, so that no grid ends.
-- A horizon is how many times the task's steps are trained. The search at 4 starts from the best setting at 1.
-- The best is chosen by the loss of validation data, with one seed; with others, it is then measured on test data.
+- The learning rate warms up over 5 % of the steps and then falls to zero by a cosine (with ScheduleFreeAdamW, which needs no
+  schedule, it stays constant).
+- Each method gets the same number of settings, over its learning rate and weight decay (K-FAC: its damping; tuned ISAAC: the
+  damping too). The first is `Method.start`; each further one is a neighbour of the best so far, so the search has no edge.
+- A horizon multiplies the task's steps. The search at 4 starts from the best setting at 1.
+- The best setting has the lowest validation loss with one seed. It is then trained with other seeds and measured on test data.
 
-The text of some tasks comes with Python, so that they are to be resumed with the Python that began them (3.11 in `results/`).
+`swap.py` wraps these optimizers in ISAAC at the same settings. `report.py` prints and draws what both stored.
 
-Each run is a line of `results/TASK.jsonl` (or of the folder that KERAS_ISAAC_RESULTS names). MNIST comes through
-`keras.datasets`, or from the `.npz` file that KERAS_ISAAC_IMAGES names.
+KERAS_ISAAC_RESULTS names another folder for the results. MNIST is read through `keras.datasets`, or from the `.npz` file that
+KERAS_ISAAC_IMAGES names. Some texts are Python's own, so resume with the Python that began (3.11 in `results/`).
 """
 
 import argparse
@@ -35,7 +33,7 @@ import numpy as np
 from baselines import SOAP
 from keras.optimizers import ScheduleFreeAdamW
 from methods import KFAC_TASKS, METHODS
-from tasks import TASKS, batches
+from tasks import KNOWN, TASKS, UNSEEN, batches
 
 from keras_isaac import ISAAC, capture_inputs
 
@@ -46,43 +44,44 @@ CHUNK = 500
 
 
 class Trainer:
-    """One task under one method, compiled once for all settings, horizons and seeds."""
+    """One task under one method, compiled once for all settings, horizons and seeds.
 
-    def __init__(self, task, method):
+    With `isaac`, arguments of `ISAAC`, the method's optimizer is wrapped in it.
+    """
+
+    def __init__(self, task, method, isaac=None):
         self.task, self.method = task, method
         parts = task.data()
         jax.config.update("jax_enable_x64", parts[0][0].dtype == "float64")
         self.parts = [[jax.numpy.asarray(each) for each in part] for part in parts]
-        self.model = capture_inputs(task.build(0), exclude=method.exclude)
-        self.optimizer = method.make()
+        self.model, optimizer = task.build(0), method.make()
+        self.optimizer = optimizer if isaac is None else ISAAC(inner_optimizer=optimizer, **isaac)
+        self.is_isaac = isinstance(self.optimizer, ISAAC)
+        self.inner = self.optimizer.inner_optimizer if self.is_isaac else self.optimizer
+        if self.is_isaac:
+            self.model = capture_inputs(self.model)
         self.optimizer.build(self.model.trainable_variables)
         self.initial = [variable.value for variable in self.optimizer.variables]
-        self.is_isaac = isinstance(self.optimizer, ISAAC)
-        # Not a loop in XLA, where convolutions on a CPU take ten times as long.
+        # One jitted step rather than a loop inside XLA, where convolutions on a CPU are ten times slower.
         self.step = jax.jit(self._step)
         self.measures = jax.jit(self._measures)
 
-    def _step(self, state, number, places, learning_rate, second, total, x, y):
+    def _step(self, state, number, places, setting, total, x, y):
         """Trains one step; returns the state after it, and the batch's loss."""
         trainable, others, optimizer_variables = state
+        learning_rate, weight_decay, *damping = setting
         set_to = {id(self.optimizer.learning_rate): learning_rate * self._schedule(number, total)}
-        scope = contextlib.nullcontext()
-        damping, decays = second, self.optimizer
-        if self.method.damping is not None:
-            damping, decays = self.method.damping, self.optimizer.inner_optimizer
-        if self.method.tunes_damping:
-            second, damping = second
-        if self.is_isaac:
-            set_to[id(self.optimizer.damping)] = damping * self._schedule(number, total) ** self.method.damping_power
-        if not self.is_isaac or self.method.damping is not None:
-            # It is no variable: it is read while the step is traced.
-            decays.weight_decay = second
+        if damping:
+            set_to[id(self.optimizer.damping)] = damping[0]
+        # Not variables: they are read while the step is traced. Keras' Muon has one for the kernels it leaves to AdamW.
+        self.inner.weight_decay = weight_decay
+        if hasattr(self.inner, "adam_weight_decay"):
+            self.inner.adam_weight_decay = weight_decay
         optimizer_variables = [
             set_to.get(id(variable), value)
             for variable, value in zip(self.optimizer.variables, optimizer_variables, strict=True)
         ]
-        if self.is_isaac:
-            scope = self.optimizer.conditioning(optimizer_variables)
+        scope = self.optimizer.conditioning(optimizer_variables) if self.is_isaac else contextlib.nullcontext()
 
         def loss_of(trainable):
             call, updated = self._call(trainable, others)
@@ -94,7 +93,7 @@ class Trainer:
         return (trainable, others, optimizer_variables), loss
 
     def _call(self, trainable, others, training=True):
-        """Returns the model's call with these weights, and a list of what its other weights become."""
+        """Returns the model's call with these weights, and a list that receives its updated non-trainable weights."""
         updated = []
 
         def call(x):
@@ -128,7 +127,7 @@ class Trainer:
         model = self.task.build(seed)
         values = [[variable.value for variable in each] for each in (model.trainable_variables, model.non_trainable_variables)]
         initial = list(self.initial)
-        if isinstance(self.optimizer, ScheduleFreeAdamW):
+        if isinstance(self.inner, ScheduleFreeAdamW):
             # Its momentum starts as a copy of the weights.
             places = [place for place, variable in enumerate(self.optimizer.variables) if variable.name.endswith("momentum")]
             for place, value in zip(places, values[0], strict=True):
@@ -145,8 +144,6 @@ class Trainer:
 
     def train(self, setting, seed, horizon=1):
         """Returns the last state, and the training and validation losses of each tenth of the steps, until one diverges."""
-        learning_rate, *second = setting
-        second = second if self.method.tunes_damping else second[0]
         state = self.start(seed)
         (x, y), validation, _ = self.parts
         num_steps = self.task.steps // NUM_CHECKS * horizon
@@ -156,7 +153,7 @@ class Trainer:
         for check in range(NUM_CHECKS):
             losses = []
             for number in range(check * num_steps, (check + 1) * num_steps):
-                state, loss = self.step(state, float(number), order[number], learning_rate, second, float(total), x, y)
+                state, loss = self.step(state, float(number), order[number], setting, float(total), x, y)
                 losses.append(loss)
             train_losses.append(float(np.mean(losses)))
             if not train_losses[-1] < 10 * train_losses[0]:
@@ -165,10 +162,10 @@ class Trainer:
         return state, train_losses, validation_losses
 
 
-def make_trainer(task, method):
-    """Returns what trains a task under a method."""
+def make_trainer(task, method, *options):
+    """Returns what trains a task under a method; options are those of `Trainer`."""
     module, name = method.trainer.split(".")
-    return getattr(importlib.import_module(module), name)(task, method)
+    return getattr(importlib.import_module(module), name)(task, method, *options)
 
 
 def load(task):
@@ -221,7 +218,6 @@ def next_setting(losses, start, num_settings):
 def missing(task, method, horizon, num_settings, num_seeds):
     """Yields the runs `(setting, seed)` to make; each must be made before the next is asked for."""
     start = METHODS[method].start
-    num_settings = num_settings if METHODS[method].is_tuned else 1
     earlier = [each for each in HORIZONS if each < horizon]
     if earlier:
         losses = searched(load(task), method, earlier[-1])
@@ -234,66 +230,64 @@ def missing(task, method, horizon, num_settings, num_seeds):
             yield best, seed
 
 
-def time_steps(task, methods, repetitions=7):
-    """Measures the methods' steps in turns, and keeps the medians, in milliseconds."""
-    trainers = {method: make_trainer(TASKS[task], METHODS[method]) for method in methods}
-    times = {method: [] for method in methods}
+def add_run(path, trainer, names, setting, seed, horizon):
+    """Trains, appends the run to a file, and prints its last validation loss."""
+    start = time.perf_counter()
+    names |= {"horizon": horizon, **dict(zip(NUMBERS, setting, strict=False)), "seed": seed}
+    run = {**names, **trainer.run(setting, seed, horizon)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(run) + "\n")
+    isaac = names.pop("isaac", None)
+    told = f"{'ISAAC + ' if isaac else ''}{' '.join(map(str, names.values()))}"
+    print(f"{path.stem}: {told}: {final(run):.4g} ({time.perf_counter() - start:.0f} s)", flush=True)
+
+
+def time_steps(task, trainers, repetitions=7):
+    """Measures the steps of several trainers in turns; returns their medians, in milliseconds."""
+    times = {name: [] for name in trainers}
     num_steps = 2 * SOAP().basis_every
+    # The first turn compiles.
     for _ in range(repetitions + 1):
-        for method, trainer in trainers.items():
+        for name, trainer in trainers.items():
             (x, y), state = trainer.parts[0], trainer.start(0)
-            order = batches(len(x), num_steps, trainer.task.batch_size, 0)
+            order = batches(len(x), num_steps, task.batch_size, 0)
+            setting = tuple(1e-4 for _ in trainer.method.start)
             start = time.perf_counter()
             for number, places in enumerate(order):
-                second = (1.0, 1.0) if trainer.method.tunes_damping else 1.0
-                state, loss = trainer.step(state, float(number), places, 1e-4, second, float(num_steps), x, y)
+                state, loss = trainer.step(state, float(number), places, setting, float(num_steps), x, y)
             float(loss)
-            times[method].append(1000 * (time.perf_counter() - start) / num_steps)
-    path = RESULTS / "milliseconds.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    # The first turn compiles.
-    medians = {method: float(f"{statistics.median(each[1:]):.3g}") for method, each in times.items()}
-    kept[task] = kept.get(task, {}) | medians
-    path.write_text(json.dumps(kept, indent=1) + "\n")
+            times[name].append(1000 * (time.perf_counter() - start) / num_steps)
+    return {name: float(f"{statistics.median(each[1:]):.3g}") for name, each in times.items()}
+
+
+def tasks_of(names):
+    """Returns the list of tasks that an argument names: "known", "unseen", or names separated by commas."""
+    return [task for name in names.split(",") for task in {"known": KNOWN, "unseen": UNSEEN}.get(name, [name])]
 
 
 def main():
     """Runs what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default=",".join(TASKS), help="separated by ',' (default: all)")
+    parser.add_argument("--tasks", default="known", help="known, unseen, or names separated by ',' (default: %(default)s)")
     parser.add_argument("--methods", default=";".join(METHODS), help="separated by ';' (default: all)")
     parser.add_argument("--horizon", type=int, default=1, choices=HORIZONS, help="times the task's steps")
     parser.add_argument("--settings", type=int, default=9, help="how many, of each method (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="how many, of the best setting (default: %(default)s)")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="starts no run after these (default: none)")
-    parser.add_argument("--time", action="store_true", help="measure the time of a step instead; wants a quiet machine")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    RESULTS.mkdir(exist_ok=True)
-    for task in arguments.tasks.split(","):
-        methods = [each for each in arguments.methods.split(";") if each != "K-FAC" or task in KFAC_TASKS]
-        if arguments.time:
-            time_steps(task, methods)
-            continue
-        for method in methods:
+    for task in tasks_of(arguments.tasks):
+        for method in arguments.methods.split(";"):
+            if method == "K-FAC" and task not in KFAC_TASKS:
+                continue
             trainer = None
             for setting, seed in missing(task, method, arguments.horizon, arguments.settings, arguments.seeds):
-                start = time.perf_counter()
-                if start - started > arguments.max_seconds:
+                if time.perf_counter() - started > arguments.max_seconds:
                     print("out of time")
                     return
                 trainer = trainer or make_trainer(TASKS[task], METHODS[method])
-                names = {
-                    "method": method,
-                    "horizon": arguments.horizon,
-                    **dict(zip(NUMBERS, setting, strict=False)),
-                    "seed": seed,
-                }
-                run = {**names, **trainer.run(setting, seed, arguments.horizon)}
-                with (RESULTS / f"{task}.jsonl").open("a") as file:
-                    file.write(json.dumps(run) + "\n")
-                seconds = time.perf_counter() - start
-                print(f"{task}: {' '.join(map(str, names.values()))}: {final(run):.4g} ({seconds:.0f} s)", flush=True)
+                add_run(RESULTS / f"{task}.jsonl", trainer, {"method": method}, setting, seed, arguments.horizon)
 
 
 if __name__ == "__main__":

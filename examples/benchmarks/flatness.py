@@ -1,10 +1,10 @@
 """How flat the minima are in which the methods of `evidence.py` end: its best setting of each is trained again.
 
-    python flatness.py [--tasks diamonds,classifier] [--methods "AdamW;ISAAC()"] [--seeds 3]
+    python flatness.py [--tasks diamonds,classifier] [--methods "AdamW;Muon"] [--seeds 3]
 
 Of the mean loss of training data it prints the largest eigenvalue of the Hessian, by power iteration, and by how much the loss
 rises when every weight moves at random by a twentieth of its tensor's length (which, unlike the first, no scale of weights
-changes). The test loss stands beside.
+changes), with the test loss.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from evidence import load, make_trainer
 from jax.flatten_util import ravel_pytree
 from methods import METHODS
-from report import best_setting, markdown
+from report import best_setting
+from swap import markdown
 from tasks import TASKS
 
 NUM_SAMPLES, NUM_ITERATIONS, NUM_DRAWS, STEP = 500, 30, 10, 0.05
@@ -66,7 +67,7 @@ def main():
     """Prints a line for each task and method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="diabetes,diamonds,classifier,cnn", help="default: %(default)s")
-    parser.add_argument("--methods", default="AdamW;Muon;ISAAC();ISAAC + AdamW, all", help="default: %(default)s")
+    parser.add_argument("--methods", default="AdamW;Muon;ISAAC + AdamW, tuned", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     arguments = parser.parse_args()
     rows = []

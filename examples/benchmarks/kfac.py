@@ -40,9 +40,9 @@ class KfacTrainer(Trainer):
                 layers += [linear] if layer.activation.__name__ == "linear" else [linear, torch.nn.ReLU()]
         return torch.nn.Sequential(*layers)
 
-    def step(self, model, number, places, learning_rate, damping, total, x, y):
+    def step(self, model, number, places, setting, total, x, y):
         """Trains one step; returns the model, and the batch's loss."""
-        places = torch.as_tensor(places)
+        (learning_rate, damping), places = setting, torch.as_tensor(places)
         x, y = x[places], y[places]
         parameters = list(model.parameters())
         loss = self.loss_fn(model(x), y)

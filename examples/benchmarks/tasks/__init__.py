@@ -57,3 +57,6 @@ TASKS = {
     "reviews": Task(texts.encoder, cross_entropy, texts.reviews, 16, 100, ACCURACY),
     "reviews-lora": Task(functools.partial(texts.encoder, rank=8), cross_entropy, texts.reviews, 16, 100, ACCURACY),
 }
+# Tasks that no choice of a default has seen. They are trained last and reported apart.
+UNSEEN = []
+KNOWN = [name for name in TASKS if name not in UNSEEN]
