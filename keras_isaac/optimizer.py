@@ -234,7 +234,7 @@ class ISAAC(OptimizerAround):
         if not self.built:
             with keras.name_scope(self.name):
                 self.build(trainable_variables)
-        self.inner_optimizer.apply(grads, trainable_variables)
+        self.inner_optimizer.apply(backend.barrier(grads), trainable_variables)
 
     @property
     def variables(self):

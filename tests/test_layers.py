@@ -92,6 +92,34 @@ def test_second_step_compiles_nothing(case, count_traces):
     assert traces.count == (first if keras.backend.backend() != "torch" else first + 3)
 
 
+def _updated_weights(case, compiled):
+    """Returns the trainable weights after one training step from the weights of the case, traced anew if `compiled`."""
+    keras.utils.set_random_seed(0)
+    layer, inputs, cotangent = data(case)
+    model = capture_inputs(keras.Sequential([keras.Input(inputs.shape[1:], dtype=inputs.dtype.name), layer]))
+    # The loss is linear in the outputs, so the gradient of a factor of LoRA does not depend on the factor. Only the order
+    # of the graph makes its update wait for the gradients that read it.
+    loss = lambda targets, outputs: keras.ops.sum(targets * outputs) / len(inputs)  # noqa: E731
+    model.compile(paper_isaac(learning_rate=1.0, damping=0.3), loss, run_eagerly=not compiled, jit_compile=False)
+    model.train_on_batch(inputs, cotangent)
+    return [to_numpy(weight) for weight in model.trainable_variables]
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX traces functions without variables")
+@each_case()
+@pytest.mark.parametrize("num_traces", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.often(*(f"5-{name}" for name in OFTEN), "5-*lora*")
+def test_every_trace_of_a_step_gives_the_result_of_the_eager_step(case, num_traces):
+    eager = _updated_weights(case, compiled=False)
+    first = _updated_weights(case, compiled=True)
+    for ours, theirs in zip(first, eager, strict=True):
+        # A graph may add the terms of a sum in another order.
+        assert relative_error(ours, theirs) < 1e-6
+    for _ in range(num_traces - 1):
+        for ours, theirs in zip(_updated_weights(case, compiled=True), first, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 @each_case()
 @pytest.mark.often(*OFTEN)
 def test_saved_file_is_the_plain_models(case, tmp_path):

@@ -35,6 +35,7 @@ State:
 - `TENSORS_TAKE_ATTRIBUTES`: whether a tensor can be given an attribute, also while it is traced.
 - `sees_step(tensor)`: whether Python runs for the step that computes with a tensor: for each on PyTorch, elsewhere while it is
   compiled. An eager call on TensorFlow and JAX may be part of a step of which the rest was compiled before.
+- `barrier(gradients)`: the gradients, each available only once all of them are. A variable may be updated then.
 
 Measuring:
 
@@ -57,6 +58,7 @@ _backend = importlib.import_module(f"keras_isaac.backend.{keras.backend.backend(
 
 IS_STATELESS = _backend.IS_STATELESS
 TENSORS_TAKE_ATTRIBUTES = _backend.TENSORS_TAKE_ATTRIBUTES
+barrier = _backend.barrier
 clip = _backend.clip
 compiled = _backend.compiled
 constant = _backend.constant

@@ -1,6 +1,8 @@
 """TensorFlow: custom gradients of any order, and an inverse that does not raise."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -189,6 +191,22 @@ def gradients_of(function, tensors):
     gradients = tape.gradient(loss, tensors, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     # A table has sparse ones.
     return beside, [tf.convert_to_tensor(gradient) for gradient in gradients]
+
+
+def barrier(gradients: Sequence[Any]) -> list[Any]:
+    """Returns the gradients of a step, each of which is available only once all of them are.
+
+    An optimizer must not update a variable before every gradient that reads it is computed. In a graph, control edges say so.
+    Keras passes all gradients through one `IdentityN`, so Grappler finds the order of a read and the update of its variable
+    implied by a path through this operation and removes the control edge, and then splits the operation and with it the path.
+    It never splits a call of a function that must not be inlined.
+    """
+    if tf.executing_eagerly():
+        return list(gradients)
+    # One function for each call: TensorFlow warns of a function that is traced often.
+    wait = tf.function(lambda tensors: tensors, autograph=False, experimental_attributes={"_noinline": True})
+    present = iter(wait([gradient for gradient in gradients if gradient is not None]))
+    return [None if gradient is None else next(present) for gradient in gradients]
 
 
 def compiled(measure, variables):
