@@ -16,11 +16,12 @@ from keras_isaac import callbacks
 from keras_isaac.capture import capture_inputs, release_inputs
 from keras_isaac.layers import register_adapter, register_layer
 from keras_isaac.optimizer import ISAAC
-from keras_isaac.status import kernel_status
+from keras_isaac.status import KernelStatus, kernel_status
 from keras_isaac.summary import summary
 
 __all__ = [
     "ISAAC",
+    "KernelStatus",
     "callbacks",
     "capture_inputs",
     "kernel_status",

@@ -1,55 +1,64 @@
-"""`summary`: what is conditioned in a model, on which side, and what it costs, as a table."""
+"""`summary`: a table of a model's kernels, with the form in which each is conditioned and what that costs."""
 
 import contextlib
 import dataclasses
+import itertools
 import math
+import numbers
+import re
+import shutil
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import keras
-import rich.box
-import rich.console
-import rich.markup
-import rich.table
 
 from keras_isaac import scope
 from keras_isaac.captured_layer import captured_throughout
 from keras_isaac.curvature import plan
+from keras_isaac.curvature.record import KernelCall
 from keras_isaac.layers.calls import is_sparse
 from keras_isaac.optimizer import ISAAC, isaacs_in
 from keras_isaac.status import KernelStatus, statuses_of
 
+_HEADER = ("Kernel (layer)", "Rows, in, out", "Form", "Added,\nof model")
+_FORM_WIDTH = 19
+# A name wraps, but not into fewer columns than this.
+_NAME_WIDTH = 20
+# From this share on, the cost is worth advice.
+_COSTLY = 0.1
+
 
 class _Printed(list):
-    """What a notebook is not to print again."""
+    """A list that a notebook does not print after the table."""
 
-    def _ipython_display_(self):
+    def _ipython_display_(self) -> None:
         pass
 
 
 def summary(
     model: keras.Model, batch_size: int | None = None, inputs: Any = None, show_frozen: bool = False
 ) -> list[KernelStatus]:
-    """Prints which kernels of a model are conditioned, on which side and at what cost, in a table like `model.summary()`.
+    """Prints which kernels of a model are conditioned, in which form and at what cost, in a table like `model.summary()`.
 
-    The cost is counted in multiplications, and given as a share of the kernel's own training step (its forward and its two
-    backward products) and of that of all kernels in the table together. A model that computes more than those, such as
-    attention's scores, adds less.
+    The cost is counted in multiplications. It is given as a share of those of the whole model: the forward and the two
+    backward products of every kernel in the table. A model that computes more than these products, such as attention scores,
+    slows down by less.
 
     Args:
-        model: `keras.Model`, built, captured or not. The `ISAAC` that it is compiled with says which rows stand for all;
-            without one, `ISAAC()` does.
+        model: `keras.Model`, built, captured or not. The table shows the options of the `ISAAC` that it is compiled with, or
+            those of `ISAAC()`.
         batch_size: integer. Defaults to `None`: the model's own if it is fixed, else 32, as in `fit`.
-        inputs: what the model is called on, an array or a nest of arrays. Needed where the model leaves more sizes open than
-            the batch's, such as the length of a sequence. Defaults to `None`.
-        show_frozen: boolean, whether the table has a row for each kernel that does not train. Defaults to `False`: they are
-            counted in one line.
+        inputs: the inputs that the model is called on, an array or a nest of arrays. Required if other sizes than the batch's
+            are unknown, such as the length of a sequence. Defaults to `None`.
+        show_frozen: boolean, whether the table has a row for each frozen kernel. Defaults to `False`: one line counts them.
 
     Returns:
-        List of `KernelStatus`, the table as data, with the frozen kernels.
+        List of `KernelStatus`, the table as data, including frozen kernels.
 
     Raises:
-        TypeError: if `model` is no `keras.Model`.
-        ValueError: if the model is not built, or leaves sizes open.
+        TypeError: if `model` is not a `keras.Model` or `batch_size` not an integer.
+        ValueError: if the model is not built, if `batch_size` is below 1, or if sizes are unknown.
 
     Example:
     >>> import keras
@@ -59,19 +68,21 @@ def summary(
     >>> model = keras.Model(inputs, keras.layers.Dense(8, name="top")(hidden), name="small")
     >>> kernels = keras_isaac.summary(keras_isaac.capture_inputs(model, exclude="top"), batch_size=60)
     Kernels of 'small', batch size 60
-     Kernel (layer)  Rows, in, out  Side                   Added  of model
-     ──────────────────────────────────────────────────────────────────────
-     hidden/kernel   60 x 64 x 256  sample               +22.9 %   +20.4 %
-     (Dense)
-     top/kernel       60 x 256 x 8  plain: not captured
-     (Dense)
-    1 of 2 trainable kernels are conditioned (16,384 of 18,432 parameters, 88.9 %).
-    Multiplications added to a step: +20.4 %.
+    Kernel (layer)  Rows, in, out  Form                   Added,
+                                                        of model
+    ------------------------------------------------------------
+    hidden/kernel   60 x 64 x 256  sample                 +20.4%
+    (Dense)
+    top/kernel       60 x 256 x 8  plain: not captured
+    (Dense)
+    1 of 2 trainable kernels are conditioned (16,384 of 18,432 parameters, 88.9%).
+    Multiplications added to a step: +20.4%.
     >>> kernels[0].rows, kernels[0].side, kernels[1].reason
     (60, 'sample', 'not captured')
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"`summary` takes a `keras.Model`. Received: model={model!r} (of type {type(model).__name__})")
+    _check_batch_size(batch_size)
     specs = _input_specs(model, batch_size, inputs)
     calls = _kernel_calls(model, specs)
     statuses = [_with_arithmetic(status, calls.get(kernel, [])) for kernel, status in statuses_of(model).items()]
@@ -79,26 +90,38 @@ def summary(
     return _Printed(statuses)
 
 
-def _kernel_calls(model, specs):
-    """Returns the list of `KernelCall`s of each kernel, by its id, in a training step on inputs of these specs.
+def _check_batch_size(batch_size: Any) -> None:
+    if batch_size is None:
+        return
+    if not isinstance(batch_size, numbers.Integral) or isinstance(batch_size, bool):
+        raise TypeError(
+            "`batch_size` must be an integer. To pass a batch of data, write `summary(model, inputs=x)`. "
+            f"Received: batch_size={repr(batch_size).splitlines()[0]:.50} (of type {type(batch_size).__name__})"
+        )
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be above 0. Received: batch_size={batch_size}")
 
-    Nothing is computed but shapes. The layers tell by themselves, as they do in training; those that would not be conditioned
-    too, as if they were.
+
+def _kernel_calls(model: keras.Model, specs: Any) -> dict[int, list[KernelCall]]:
+    """Returns the `KernelCall`s of a training step on inputs of these specs, by the kernel's id.
+
+    It traces shapes and computes no values. Kernels that `ISAAC` would leave plain are traced as if it conditioned them, to
+    know their rows.
     """
-    calls = {}
+    calls: dict[int, list[KernelCall]] = {}
 
-    def record(kernel, call):
+    def record(kernel: keras.Variable, call: KernelCall) -> None:
         calls.setdefault(id(kernel), []).append(call)
 
     optimizer = getattr(model, "optimizer", None)
-    asked = [isaac.conditioning_of_step(outer_optimizer=optimizer) for isaac in isaacs_in(optimizer)]
-    others = dataclasses.replace((asked or [ISAAC().conditioning_of_step()])[0], trains=lambda kernel: True)
+    compiled = [isaac.conditioning_of_step(outer_optimizer=optimizer) for isaac in isaacs_in(optimizer)]
+    others = dataclasses.replace((compiled or [ISAAC().conditioning_of_step()])[0], trains=lambda kernel: True)
 
-    def step(inputs):
-        # PyTorch tries twice, the first time without memory behind its tensors.
+    def step(inputs: Any) -> Any:
+        # Keras may trace twice on PyTorch.
         calls.clear()
         with contextlib.ExitStack() as stack:
-            for conditioning in (others, *asked):
+            for conditioning in (others, *compiled):
                 stack.enter_context(scope.open_scope(dataclasses.replace(conditioning, record=record, on_use=lambda: None)))
             return model(inputs, training=True)
 
@@ -107,60 +130,59 @@ def _kernel_calls(model, specs):
     return calls
 
 
-def run_on_shapes(function, specs):
-    """Runs a function of tensors on a nest of `KerasTensor`s, as Keras does to know a layer's output: no variable changes."""
+def run_on_shapes(function: Callable[[Any], Any], specs: Any) -> None:
+    """Traces a function on a nest of `KerasTensor`s, as Keras does to infer a layer's output shape. No variable changes."""
 
     class Function(keras.Layer):
-        def call(self, inputs):
+        def call(self, inputs: Any) -> Any:
             return function(inputs)
 
     Function().compute_output_spec(specs)
 
 
-def _input_specs(model, batch_size, inputs):
-    """Returns what the model is called on as `KerasTensor`s, no size being open."""
+def _input_specs(model: keras.Model, batch_size: int | None, inputs: Any) -> Any:
+    """Returns the model's inputs as `KerasTensor`s of known shapes."""
     if not model.built:
         raise ValueError(
-            f"`summary` reads a model that is built. Give '{model.name}' an `Input`, or call it on a batch first. "
+            f"`summary` needs a model that is built. Give '{model.name}' an `Input`, or call it on a batch first. "
             f"Received: model={model.name} (not built)"
         )
     if inputs is None:
         inputs = _own_inputs(model)
-    open_sizes = []
+    unknown = []
 
-    def spec(tensor):
+    def spec(tensor: Any) -> keras.KerasTensor:
         first, *rest = tensor.shape
         if None in rest:
-            open_sizes.append(tuple(tensor.shape))
+            unknown.append(tuple(tensor.shape))
         shape = (batch_size or first or 32, *rest)
         return keras.KerasTensor(shape, keras.backend.standardize_dtype(tensor.dtype), sparse=is_sparse(tensor))
 
     specs = None if inputs is None else keras.tree.map_structure(spec, inputs)
-    if specs is None or open_sizes:
+    if specs is None or unknown:
         raise ValueError(
-            f"The sizes of the inputs of '{model.name}' are not all known, and the rows depend on them. Write "
-            "`summary(model, inputs=x)`, with a batch of inputs. "
-            f"Received: inputs=None, of shapes {open_sizes if open_sizes else 'unknown'}"
+            f"Write `summary(model, inputs=x)` with a batch of inputs: the sizes of the inputs of '{model.name}' are not all "
+            f"known. Received: inputs=None, of shapes {unknown if unknown else 'unknown'}"
         )
     return specs
 
 
-def _own_inputs(model):
+def _own_inputs(model: keras.Model) -> Any:
     with contextlib.suppress(AttributeError, ValueError):
         return model.input
-    # A model with a `call` of its own knows the shapes that it was built with.
+    # A subclassed model has the shapes that it was built with.
     shapes = (model.get_build_config() or {}).get("input_shape")
     if shapes is None:
         return None
-    # JAX takes no dictionary of Keras' own.
+    # JAX does not take Keras' own kind of dictionary.
     shapes = dict(shapes) if isinstance(shapes, dict) else shapes
     return keras.tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:]), model.compute_dtype), shapes)
 
 
-def _with_arithmetic(status, calls):
-    """Returns the status, with what is known of the kernel's calls."""
+def _with_arithmetic(status: KernelStatus, calls: list[KernelCall]) -> KernelStatus:
+    """Returns the status with the sizes and the cost of the kernel's calls."""
     if not calls:
-        # Nothing of a step goes through it, or nothing is known of its layer.
+        # The layer is not called in a step, or has no conditioned form.
         return status if status.reason else status._replace(reason="not called in training")
     plain, calls = [call for call in calls if call.reason], [call for call in calls if not call.reason]
     if not calls:
@@ -183,50 +205,83 @@ def _with_arithmetic(status, calls):
     return status._replace(side=plan.choose(first), num_sampled=first.num_rows, added=added)
 
 
-def _print(model, statuses, batch_size, show_frozen):
+def _print(model: keras.Model, statuses: list[KernelStatus], batch_size: int, show_frozen: bool) -> None:
     total = sum(status.multiplications or 0 for status in statuses)
-    table = rich.table.Table(
-        box=rich.box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title_justify="left",
-        title=f"Kernels of '{model.name}', batch size {batch_size}",
-    )
-    table.add_column("Kernel (layer)", no_wrap=True)
-    table.add_column("Rows, in, out", justify="right", no_wrap=True)
-    table.add_column("Side", min_width=15, max_width=19)
-    table.add_column("Added", justify="right", no_wrap=True)
-    table.add_column("of model", justify="right", no_wrap=True)
     hidden = [] if show_frozen else [status for status in statuses if status.reason == "frozen"]
-    for status in statuses if show_frozen else [status for status in statuses if status.reason != "frozen"]:
-        kernel = f"{status.path}\n({status.layer})"
-        shares = _share(status.added, status.multiplications), _share(status.added, total)
-        table.add_row(*map(rich.markup.escape, (kernel, _size(status), _side(status), *shares)))
+    shown = statuses if show_frozen else [status for status in statuses if status.reason != "frozen"]
     trainable = [status for status in statuses if status.trainable]
     conditioned = [status for status in trainable if status.reason is None]
     params, all_params = (sum(status.num_params for status in part) for part in (conditioned, trainable))
     optimizer = getattr(model, "optimizer", None)
-    console = rich.console.Console(highlight=False)
-    # A name is never broken, nor left out.
-    widest = console.options.update(max_width=1000)
-    console.width = max(console.width, console.measure(table, options=widest).minimum)
-    with console.capture() as printed:
-        console.print(table)
-        if hidden:
-            console.print(
-                f"Not shown: {len(hidden)} frozen ({sum(status.num_params for status in hidden):,} parameters); "
-                "summary(..., show_frozen=True) shows all."
-            )
-        if optimizer is not None and not isaacs_in(optimizer):
-            console.print(f"The model is compiled with {type(optimizer).__name__}, which conditions nothing. Under ISAAC:")
-        console.print(
-            f"{len(conditioned)} of {len(trainable)} trainable kernels are conditioned "
-            f"({params:,} of {all_params:,} parameters, {100 * params / max(all_params, 1):.1f} %). "
-            f"Multiplications added to a step: {_share(sum(status.added or 0 for status in statuses), total) or 'none'}."
+    lines = []
+    if hidden:
+        lines.append(
+            f"Not shown: {len(hidden)} frozen ({sum(status.num_params for status in hidden):,} parameters); "
+            "summary(..., show_frozen=True) shows all."
         )
-    print("\n".join(line.rstrip() for line in printed.get().splitlines() if line.strip()))
+    if optimizer is not None and not isaacs_in(optimizer):
+        lines.append(f"The model is compiled with {type(optimizer).__name__}, which conditions nothing. Under ISAAC:")
+    lines.append(
+        f"{len(conditioned)} of {len(trainable)} trainable kernels are conditioned "
+        f"({params:,} of {all_params:,} parameters, {100 * params / max(all_params, 1):.1f}%)."
+    )
+    lines.append(_cost(conditioned, total, batch_size))
+    cells = [(f"{each.path}\n({each.layer})", _size(each), _form(each), _share(each.added, total)) for each in shown]
+    width = shutil.get_terminal_size().columns
+    print(f"Kernels of '{model.name}', batch size {batch_size}")
+    print("\n".join(_table(cells, width)))
+    print("\n".join(textwrap.fill(line, max(width, 40), break_on_hyphens=False) for line in lines))
 
 
-def _size(status):
+def _cost(conditioned: list[KernelStatus], total: int, batch_size: int) -> str:
+    """Returns a sentence on the cost of all kernels and, if it is high, on the costliest one and how to lower it."""
+    added = sum(status.added or 0 for status in conditioned)
+    cost = f"Multiplications added to a step: {_share(added, total) or 'none'}."
+    if not total or added < _COSTLY * total:
+        return cost
+    status = max(conditioned, key=lambda status: status.added or 0)
+    remedies = []
+    # Only the positions of sequences and images are subsampled.
+    if status.num_sampled and status.rows and status.rows > batch_size:
+        remedies.append(f"ISAAC(max_rows={max(status.num_sampled // 4, 1)})")
+    if len(conditioned) > 1:
+        remedies.append("capture_inputs(model, exclude=...)")
+    if not remedies:
+        return cost
+    return f"{cost} Costliest: {status.path} ({_share(status.added, total)}). To lower this, write {' or '.join(remedies)}."
+
+
+def _table(cells: list[tuple[str, str, str, str]], width: int) -> list[str]:
+    """Returns the lines of a table of at most `width` columns, if wrapping the names makes it fit."""
+    rows = [[cell.split("\n") for cell in row] for row in (_HEADER, *cells)]
+    for row in rows:
+        row[2] = [part for line in row[2] for part in textwrap.wrap(line, _FORM_WIDTH)]
+    widths = [max(len(line) for row in rows for line in row[column]) for column in range(4)]
+    widths[0] = min(widths[0], max(_NAME_WIDTH, width - sum(widths[1:]) - 2 * 3))
+    lines = []
+    for row in rows:
+        row[0] = [part for line in row[0] for part in _wrap_path(line, widths[0])]
+        for name, size, form, share in itertools.zip_longest(*row, fillvalue=""):
+            line = f"{name:<{widths[0]}}  {size:>{widths[1]}}  {form:<{widths[2]}}  {share:>{widths[3]}}"
+            lines.append(line.rstrip())
+    # The header has two lines.
+    lines.insert(2, "-" * (sum(widths) + 2 * 3))
+    return lines
+
+
+def _wrap_path(path: str, width: int) -> list[str]:
+    """Breaks a path after slashes, and where a name in it is longer than `width`."""
+    lines = [""]
+    for part in re.findall(r"[^/]+/?", path):
+        if len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+        while len(lines[-1]) > width:
+            lines[-1:] = [lines[-1][:width], lines[-1][width:]]
+    return [line for line in lines if line]
+
+
+def _size(status: KernelStatus) -> str:
     if status.rows is None:
         return ""
     size = f"{status.rows:,} x {status.num_in:,} x {status.num_out:,}"
@@ -234,14 +289,16 @@ def _size(status):
     return size if status.calls == 1 else f"{size}\n{status.calls} calls"
 
 
-def _side(status):
+def _form(status: KernelStatus) -> str:
     if status.reason:
         return f"plain: {status.reason}"
-    side = status.side
-    if side != "diagonal" and status.num_sampled != status.rows:
-        side = f"{side}\n{status.num_sampled:,} rows"
-    return f"{side}\n{status.note}" if status.note else side
+    form = str(status.side)
+    if form != "diagonal" and status.num_sampled != status.rows:
+        form = f"{form}\n{status.num_sampled:,} rows"
+    return f"{form}\n{status.note}" if status.note else form
 
 
-def _share(added, multiplications):
-    return f"+{100 * added / multiplications:.1f} %" if added and multiplications else ""
+def _share(added: int | None, total: int) -> str:
+    if not added or not total:
+        return ""
+    return f"+{100 * added / total:.1f}%" if added >= 0.0005 * total else "<0.1%"

@@ -100,14 +100,69 @@ def test_the_table(capsys, monkeypatch):
     assert max(map(len, printed.splitlines())) <= 90
     text = " ".join(printed.split())
     # P takes 60² · 200 + 60³ + 60² · 100 multiplications, the layer 3 · 60 · 200 · 100, and the head 3 · 60 · 100 · 3.
-    assert re.search(r"hidden/\S+ 60 x 200 x 100 sample \+36.0 % \+35.5 % ", text)
+    assert re.search(r"hidden/\S+ 60 x 200 x 100 sample \+35.5% ", text)
     assert re.search(r"head/\S+ 60 x 100 x 3 plain: not captured", text)
     assert "The model is compiled with SGD, which conditions nothing. Under ISAAC: 1 of 2 trainable kernels are" in text
-    assert "(20,000 of 20,300 parameters, 98.5 %). Multiplications added to a step: +35.5 %." in text
+    assert text.endswith("(20,000 of 20,300 parameters, 98.5%). Multiplications added to a step: +35.5%.")
 
 
-def test_frozen_kernels_are_shown_on_request_and_names_are_never_broken(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
+def test_a_long_name_wraps_at_its_slashes_and_no_column_is_lost(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    hidden = layers.Dense(64, name="position_embedding")
+    model = keras.Sequential([keras.Input((48, 64)), hidden, layers.Dense(128, name="d" * 50)], name="decoder_of_a_transformer")
+    keras_isaac.summary(capture_inputs(model), batch_size=16)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split() == ["Kernel", "(layer)", "Rows,", "in,", "out", "Form", "Added,"]
+    assert re.search(r"^decoder_of_a_transformer/position_embedding/ +768 x 64 x 64 +feature +\+\d+.\d%$", lines[4]), lines
+    assert lines[5:7] == ["kernel", "(Dense)"]
+    # A name that is longer than its column is broken.
+    assert "".join(line.split(" ")[0] for line in lines[7:10]) == f"decoder_of_a_transformer/{'d' * 50}/kernel"
+
+
+@pytest.mark.parametrize(
+    ("layer", "advice"),
+    [
+        (layers.Conv1D(4, 3, name="costly"), "write ISAAC(max_rows=144) or capture_inputs(model, exclude=...)."),
+        (layers.Dense(40, name="costly"), "write ISAAC(max_rows=160) or capture_inputs(model, exclude=...)."),
+    ],
+    ids=["convolution", "dense"],
+)
+def test_a_high_cost_names_the_costliest_kernel_and_a_remedy(layer, advice, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    inputs = keras.Input((20, 40))
+    model = capture_inputs(keras.Model(inputs, layers.Dense(3, name="head")(layer(inputs)[:, 0])))
+    _, head = keras_isaac.summary(model, batch_size=32)
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"Costliest: costly/kernel \(\+[\d.]+%\)\. To lower this, " + re.escape(advice), text), text
+    # Half of what the small kernel itself takes, or more, but little of the whole.
+    assert head.added > 0.5 * head.multiplications
+    assert re.search(r"head/kernel 32 x \d+ x 3 (feature|sample) \+[0-9]\.\d%", text), text
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "received"),
+    [(np.ones((64, 8)), r"array.* \(of type ndarray\)"), ("64", "'64' .of type str."), (64.0, "64.0 .of type float.")],
+    ids=["array", "string", "float"],
+)
+def test_the_batch_size_is_an_integer(batch_size, received):
+    with pytest.raises(TypeError, match=rf"`batch_size` must be an integer\. .*Received: batch_size={received}"):
+        keras_isaac.summary(mlp(), batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_the_batch_size_is_above_zero(batch_size):
+    with pytest.raises(ValueError, match=f"`batch_size` must be above 0. Received: batch_size={batch_size}"):
+        keras_isaac.summary(mlp(), batch_size)
+
+
+def test_an_integer_of_numpy_is_a_batch_size(capsys):
+    assert keras_isaac.summary(mlp(), np.int64(5))[0].rows == 5
+    assert "batch size 5" in capsys.readouterr().out
+
+
+def test_frozen_kernels_are_shown_on_request(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     model = keras.Sequential(
         [keras.Input((6,)), layers.Dense(4, name="a_long_name_of_a_layer", trainable=False), layers.Dense(3, name="head")],
         name="a_long_name_of_a_model",
@@ -144,7 +199,7 @@ class Own(keras.Model):
 def test_a_model_with_a_call_of_its_own_and_shared_layers():
     model = Own()
     tokens = {"tokens": np.ones((3, 4), "int32")}
-    with pytest.raises(ValueError, match=r"`summary` reads a model that is built\. Give '.*' an `Input`, or call it"):
+    with pytest.raises(ValueError, match=r"`summary` needs a model that is built\. Give '.*' an `Input`, or call it"):
         keras_isaac.summary(model)
     model(tokens)
     before = [keras.ops.convert_to_numpy(weight) for weight in model.weights]
@@ -159,7 +214,7 @@ def test_a_model_with_a_call_of_its_own_and_shared_layers():
 
 def test_sizes_that_are_open():
     model = capture_inputs(keras.Sequential([keras.Input((None, 4)), layers.Dense(3)]))
-    with pytest.raises(ValueError, match=r"`summary\(model, inputs=x\)`, with a batch of inputs.*\(None, None, 4\)"):
+    with pytest.raises(ValueError, match=r"Write `summary\(model, inputs=x\)` with a batch of inputs.*\(None, None, 4\)"):
         keras_isaac.summary(model)
     assert keras_isaac.summary(model, inputs=np.ones((2, 5, 4)))[0].rows == 10
     assert keras_isaac.summary(model, batch_size=8, inputs=np.ones((2, 5, 4)))[0].rows == 40
