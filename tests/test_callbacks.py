@@ -1,4 +1,4 @@
-"""The monitor's numbers against NumPy, where they appear, and that training does not notice."""
+"""The monitor's numbers against NumPy, where they appear, and that training does not change."""
 
 import csv
 import sys
@@ -195,10 +195,20 @@ def test_a_monitored_run_is_the_run_without(around):
     assert monitor.history["step"] == list(range(8))
 
 
+def test_progress_lines_are_short_unless_the_numbers_are_logged(capsys):
+    model = keras.Sequential([keras.Input((6,)), *[layers.Dense(6) for _ in range(20)], layers.Dense(3)])
+    capture_inputs(model).compile(optimizer=paper_isaac(), loss="mse")
+    monitor = CurvatureMonitor(regression(8))
+    history = fit(model, regression(16), callbacks=[monitor], verbose=2)
+    assert list(history.history) == ["loss"]
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 100
+    assert len(monitor.history) == 1 + 21 * 5
+
+
 def test_logs_have_the_same_keys_every_epoch(tmp_path):
     model = capture_inputs(mlp())
     model.compile(optimizer=paper_isaac(), loss="mse", steps_per_execution=STEPS)
-    monitor, logger = CurvatureMonitor(regression(8), every_steps=5), keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    monitor, logger = CurvatureMonitor(regression(8), every_steps=5, log=True), keras.callbacks.CSVLogger(tmp_path / "log.csv")
     history = fit(model, regression(64), epochs=3, callbacks=[monitor, logger])
     # Four steps an epoch, one or two at a time.
     assert monitor.history["step"] == [0, 4 + STEPS, *([10] if STEPS == 1 else [])]
@@ -236,19 +246,50 @@ def test_plot(monkeypatch):
     model = capture_inputs(mlp())
     model.compile(optimizer=paper_isaac(), loss="mse")
     monitor = CurvatureMonitor(regression(8))
-    with pytest.raises(ValueError, match=r"nothing to plot before a `fit`: write `model.fit\(..., callbacks=\[monitor\]\)`"):
+    with pytest.raises(ValueError, match=r"Write `model.fit\(..., callbacks=\[monitor\]\)` first: there is nothing to plot"):
         monitor.plot()
     fit(model, regression(16), callbacks=[monitor])
-    lines = [line for axis in monitor.plot().axes for line in axis.get_lines()]
+    axes = monitor.plot().axes
+    assert [axis.get_xlabel() for axis in axes] == ["step"] * 4
+    assert [axis.get_ylabel() for axis in axes] == [
+        "effective rank of the inputs",
+        "largest eigenvalue / damping",
+        "norm / plain gradient's norm",
+        "cosine to the plain gradient",
+    ]
+    lines = [line for axis in axes for line in axis.get_lines()]
     drawn = {(*line.get_xdata(), *line.get_ydata()) for line in lines}
     assert drawn == {(0, values[0]) for key, values in monitor.history.items() if key.split("/")[-1] in QUANTITIES}
     assert monitor.plot()._repr_png_().startswith(b"\x89PNG")
     assert monitor.plot().get_suptitle() == ""
     monitor.history["hidden/fallbacks"] = [2.0]
-    assert monitor.plot().get_suptitle() == "2 inverses failed and gave way to a bound"
+    assert monitor.plot().get_suptitle() == "2 inverses failed, and a bound replaced them"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"Matplotlib, which is not installed\. Write `pip install matplotlib`"):
+    with pytest.raises(ImportError, match=r"Write `pip install matplotlib`: `plot` needs Matplotlib"):
         monitor.plot()
+
+
+def test_the_plot_shades_where_the_damping_is_too_high_or_too_low():
+    pytest.importorskip("matplotlib")
+    for damping, reached in ((1e8, "damping too high"), (1.0, None), (1e-8, "damping too low")):
+        model = capture_inputs(mlp())
+        model.compile(optimizer=paper_isaac(damping=damping), loss="mse")
+        monitor = CurvatureMonitor(regression(8))
+        fit(model, regression(16), callbacks=[monitor])
+        axis = monitor.plot().axes[1]
+        bands = {text.get_text(): text.get_position()[1] for text in axis.texts}
+        assert bands.keys() == {"damping too high", "damping too low"}
+        assert len(axis.patches) == 2
+        values = monitor.history["hidden/damped_eigenvalue"]
+        shaded = {
+            name
+            for name, patch in zip(bands, axis.patches, strict=True)
+            if patch.get_y() <= values[0] <= patch.get_y() + patch.get_height()
+        }
+        assert shaded == ({reached} if reached else set())
+        # The bands are in the picture, and so is the line.
+        bottom, top = axis.get_ylim()
+        assert all(bottom <= value <= top for value in (*bands.values(), *values))
 
 
 def test_errors():
@@ -258,8 +299,10 @@ def test_errors():
     for every_steps in (0, 1.5, True):
         with pytest.raises(ValueError, match=f"`every_steps` must be an integer above 0. Received: every_steps={every_steps}"):
             CurvatureMonitor(regression(8), every_steps)
+    with pytest.raises(ValueError, match=r"`log` must be a boolean\. Received: log='cosine'"):
+        CurvatureMonitor(regression(8), log="cosine")
     for optimizer, capture, message in (
-        ("sgd", capture_inputs, "compile the model with `keras_isaac.ISAAC`"),
+        ("sgd", capture_inputs, "Compile the model with `keras_isaac.ISAAC`"),
         (paper_isaac(), lambda model: model, r"Write `model = keras_isaac.capture_inputs\(model\)`"),
     ):
         model = capture(mlp())
