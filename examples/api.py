@@ -17,21 +17,18 @@ HEAD = """# Reference
 
 Every public name of `keras_isaac`, from its docstring, by `python examples/api.py`; the examples run in the tests.
 """
-# Links lead to headings that this page has not.
+# Links to headings that this page does not have.
 LINK = r"\[([^\[\]]*)\]\(#[^)]*\)"
 EXAMPLE = r"**Example:**\n\n```python\n\1\n```\n"
-# What an optimizer and a callback of Keras have is in Keras' own reference.
+# Members that optimizers and callbacks of Keras have too are in Keras' own reference.
 MEMBERS = {"ISAAC": ["conditioning", "damping"], "CurvatureMonitor": ["plot"], "KernelStatus": []}
 
 
 def names():
     """Yields the dotted path of every public object."""
     for name in keras_isaac.__all__:
-        if name == "callbacks":
-            yield "callbacks.CurvatureMonitor"
-        else:
-            yield name
-    yield "status.KernelStatus"
+        # The function `summary` hides the module of that name.
+        yield {"callbacks": "callbacks.CurvatureMonitor", "summary": "summary.summary"}.get(name, name)
     for name in keras_isaac.layers.__all__:
         if name not in keras_isaac.__all__:
             yield f"layers.{name}"
@@ -50,7 +47,7 @@ def section(package, name):
     found = found.final_target if found.is_alias else found
     members = MEMBERS.get(found.name, [])
     for each in (found, *(found.members[member] for member in members)):
-        # Keras' form of an example is none that griffe knows.
+        # griffe does not know Keras' format of examples.
         each.docstring.value = re.sub(r"^Example:\n((?:.+\n?)+)", EXAMPLE, each.docstring.value, flags=re.MULTILINE)
     config = {
         **griffe2md.default_config,

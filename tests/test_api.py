@@ -1,4 +1,4 @@
-"""What editors and readers are told: types of every public name, and the page of reference."""
+"""Types of every public name, and the page of reference."""
 
 import importlib
 import inspect
@@ -27,7 +27,7 @@ def test_every_public_function_tells_its_types(function):
 
 def test_every_public_name_is_checked_for_types():
     functions = {getattr(each, "__wrapped__", each).__qualname__ for each in FUNCTIONS}
-    names = {*keras_isaac.__all__, *layers.__all__} - {"callbacks"}
+    names = {*keras_isaac.__all__, *layers.__all__} - {"callbacks", "KernelStatus"}
     assert names <= {name.removesuffix(".__init__") for name in functions}
 
 
@@ -35,4 +35,12 @@ def test_the_page_of_reference_is_current(monkeypatch):
     examples = Path(__file__).parents[1] / "examples"
     monkeypatch.syspath_prepend(str(examples))
     api = importlib.import_module("api")
-    assert api.PAGE.read_text() == api.page(), "Write it anew: python examples/api.py"
+    assert api.PAGE.read_text() == api.page(), "To update the page: python examples/api.py"
+
+
+def test_the_page_of_reference_has_the_signature_of_every_function():
+    page = (Path(__file__).parents[1] / "examples" / "api.md").read_text()
+    functions = [name for name in keras_isaac.__all__ if inspect.isfunction(getattr(keras_isaac, name))]
+    assert {"summary", "kernel_status", "capture_inputs"} <= set(functions)
+    for name in functions:
+        assert f"\n{name}(" in page
