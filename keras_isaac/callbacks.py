@@ -60,7 +60,7 @@ class CurvatureMonitor(keras.callbacks.Callback):
             every kernel. Defaults to `False`.
 
     Raises:
-        TypeError: if `data` is not such a tuple.
+        TypeError: if `data` is not such a tuple of arrays.
         ValueError: if `every_steps` is not an integer above 0 or `log` not a boolean; in training, if the model is not compiled
             with `ISAAC` or none of its kernels is conditioned.
 
@@ -84,6 +84,12 @@ class CurvatureMonitor(keras.callbacks.Callback):
                 "`data` must be a tuple `(x, y)` or `(x, y, sample_weight)`, one batch. "
                 f"Received: data of type {type(data).__name__}{f' and length {len(data)}' if isinstance(data, tuple) else ''}"
             )
+        for leaf in keras.tree.flatten(data):
+            if not hasattr(leaf, "shape"):
+                raise TypeError(
+                    "`data` must contain arrays: write `numpy.asarray(x)` for a list. "
+                    f"Received: data that contain {leaf!r:.50} (of type {type(leaf).__name__})"
+                )
         if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
             raise ValueError(f"`every_steps` must be an integer above 0. Received: every_steps={every_steps!r}")
         if not isinstance(log, bool):

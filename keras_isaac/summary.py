@@ -57,7 +57,7 @@ def summary(
         List of `KernelStatus`, the table as data, including frozen kernels.
 
     Raises:
-        TypeError: if `model` is not a `keras.Model` or `batch_size` not an integer.
+        TypeError: if `model` is not a `keras.Model`, `batch_size` not an integer, or `inputs` not arrays.
         ValueError: if the model is not built, if `batch_size` is below 1, or if sizes are unknown.
 
     Example:
@@ -132,12 +132,23 @@ def _kernel_calls(model: keras.Model, specs: Any) -> dict[int, list[KernelCall]]
 
 def run_on_shapes(function: Callable[[Any], Any], specs: Any) -> None:
     """Traces a function on a nest of `KerasTensor`s, as Keras does to infer a layer's output shape. No variable changes."""
+    errors = []
 
     class Function(keras.Layer):
         def call(self, inputs: Any) -> Any:
-            return function(inputs)
+            try:
+                return function(inputs)
+            except Exception as error:
+                errors.append(error)
+                raise
 
-    Function().compute_output_spec(specs)
+    try:
+        Function().compute_output_spec(specs)
+    except Exception:
+        if not errors:
+            raise
+        # Without Keras' advice on how to write `Function`.
+        raise errors[-1] from None
 
 
 def _input_specs(model: keras.Model, batch_size: int | None, inputs: Any) -> Any:
@@ -152,6 +163,11 @@ def _input_specs(model: keras.Model, batch_size: int | None, inputs: Any) -> Any
     unknown = []
 
     def spec(tensor: Any) -> keras.KerasTensor:
+        if not hasattr(tensor, "shape"):
+            raise TypeError(
+                "`inputs` must be an array or a nest of arrays: write `summary(model, inputs=x)` with a batch of inputs. "
+                f"Received: inputs that contain {tensor!r:.50} (of type {type(tensor).__name__})"
+            )
         first, *rest = tensor.shape
         if None in rest:
             unknown.append(tuple(tensor.shape))

@@ -58,6 +58,12 @@ print(f"{len(snippets)} snippets of the README ran on {backend} alone")
 PYTHON
   "$venv/bin/python" "$root/examples/digits.py" --backend "$backend" --epochs 2 --seeds 1 --picture "$work/digits.png"
   "$venv/bin/python" "$root/examples/recipes/physics_informed.py" --backend "$backend" --width 16 --epochs 2
+  # An editable install works from the folder that holds the clone.
+  mkdir -p "$work/holder"
+  cp -r "$work/source" "$work/holder/keras_isaac"
+  "$venv/bin/pip" install --quiet --no-deps -e "$work/holder/keras_isaac"
+  cd "$work/holder"
+  KERAS_BACKEND=$backend "$venv/bin/python" -c "from keras_isaac import ISAAC"
   cd "$root"
-  rm -rf "$venv"
+  rm -rf "$venv" "$work/holder"
 done

@@ -296,6 +296,8 @@ def test_errors():
     for data, received in (([1, 2], "list"), (np.ones(3), "ndarray"), ((1,), "tuple and length 1")):
         with pytest.raises(TypeError, match=rf"`data` must be a tuple `\(x, y\)`.* Received: data of type {received}"):
             CurvatureMonitor(data)
+    with pytest.raises(TypeError, match=r"write `numpy.asarray\(x\)` for a list\. .* contain 1.5 \(of type float\)"):
+        CurvatureMonitor(([1.5], [2.5]))
     for every_steps in (0, 1.5, True):
         with pytest.raises(ValueError, match=f"`every_steps` must be an integer above 0. Received: every_steps={every_steps}"):
             CurvatureMonitor(regression(8), every_steps)
@@ -309,3 +311,9 @@ def test_errors():
         model.compile(optimizer=optimizer, loss="mse")
         with pytest.raises(ValueError, match=message):
             fit(model, regression(16), callbacks=[CurvatureMonitor(regression(8))])
+    # Keras' own message on inputs that do not fit, as in `fit`.
+    model = capture_inputs(mlp())
+    model.compile(optimizer=paper_isaac(), loss="mse")
+    with pytest.raises(ValueError, match="expected axis -1 of input shape to have value 6") as error:
+        fit(model, regression(16), callbacks=[CurvatureMonitor(regression(8, features=5))])
+    assert "Function" not in str(error.value)

@@ -156,6 +156,12 @@ def test_the_batch_size_is_above_zero(batch_size):
         keras_isaac.summary(mlp(), batch_size)
 
 
+@pytest.mark.parametrize("inputs", ["abc", (None, 6), [[1.0] * 6]], ids=["string", "shape", "list"])
+def test_the_inputs_are_arrays(inputs):
+    with pytest.raises(TypeError, match=r"`inputs` must be an array or a nest of arrays: write `summary\(model, inputs=x\)`"):
+        keras_isaac.summary(mlp(), inputs=inputs)
+
+
 def test_an_integer_of_numpy_is_a_batch_size(capsys):
     assert keras_isaac.summary(mlp(), np.int64(5))[0].rows == 5
     assert "batch size 5" in capsys.readouterr().out
