@@ -18,7 +18,7 @@ FUNCTIONS = [
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__qualname__)
-def test_every_public_function_tells_its_types(function):
+def test_every_public_function_is_annotated(function):
     signature = inspect.signature(function)
     untyped = [each.name for each in signature.parameters.values() if each.annotation is each.empty and each.name != "self"]
     assert not untyped

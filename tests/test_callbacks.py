@@ -1,4 +1,4 @@
-"""The monitor's numbers against NumPy, where they appear, and that training does not change."""
+"""The monitor's numbers, compared with NumPy, where they are kept, and that training does not change."""
 
 import csv
 import sys
@@ -55,7 +55,7 @@ def test_dense_layers_after_some_steps(num, options):
         each.compile(optimizer=paper_isaac(0.1, damping=0.2, **options), loss="mse")
     monitor = monitored(model, data, (x, y), batch_size=16)
     assert monitor.history["step"] == [0, 2]
-    # The state of the second measurement: that after two steps.
+    # The second measurement sees the state after two steps.
     fit(twin, [each[:32] for each in data], batch_size=16)
     kernel, bias, top, top_bias = (to_numpy(weight) for weight in twin.trainable_variables)
     hidden = np.tanh(x @ kernel + bias)
@@ -126,7 +126,7 @@ def test_masked_positions_do_not_count_and_a_nest_of_inputs_is_taken(relative, w
 
 @pytest.mark.parametrize("size", [3, 40, 200])
 def test_the_largest_eigenvalue_of_a_flat_spectrum(size):
-    """Where most eigenvalues are near the largest."""
+    """Most eigenvalues are close to the largest."""
     spectrum = np.linspace(1.0, 0.9, size)
     rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))
     rows = rotation * np.sqrt(size * spectrum)[:, None]
@@ -137,8 +137,8 @@ def test_the_largest_eigenvalue_of_a_flat_spectrum(size):
 
 @pytest.mark.often("feature", "Woodbury")
 @pytest.mark.parametrize(("num", "max_rows"), [(4, None), (16, None), (16, 2)], ids=["sample", "feature", "Woodbury"])
-def test_counts_the_inverses_that_give_way(num, max_rows):
-    """Of rows that overflow, in two of three layers."""
+def test_failed_inverses_are_counted(num, max_rows):
+    """The rows overflow in two of three layers."""
     model = keras.Sequential([keras.Input((3, 6)), layers.Dense(8, name="first"), layers.Dense(8, name="second")])
     model.add(layers.Activation("tanh"))
     model.add(layers.Dense(2, name="third"))
@@ -151,7 +151,7 @@ def test_counts_the_inverses_that_give_way(num, max_rows):
         assert [monitor.history[f"{name}/fallbacks"][0] for name in ("first", "second", "third")] == counts
 
 
-def test_a_huge_damping_is_the_plain_gradient():
+def test_a_huge_damping_gives_the_plain_gradient():
     model = capture_inputs(mlp())
     model.compile(optimizer=paper_isaac(damping=1e8), loss="mse")
     monitor = monitored(model, regression(16), regression(8))
@@ -159,7 +159,7 @@ def test_a_huge_damping_is_the_plain_gradient():
 
 
 def noisy():
-    """A network with all that a forward pass may change."""
+    """A network whose forward pass changes all kinds of state."""
     model = keras.Sequential(
         [
             keras.Input((6,)),
@@ -174,7 +174,7 @@ def noisy():
 
 
 @pytest.mark.parametrize("around", ["ISAAC", "LossScaleOptimizer"])
-def test_a_monitored_run_is_the_run_without(around):
+def test_monitoring_does_not_change_training(around):
     runs = []
     for watched in (False, True):
         keras.utils.set_random_seed(1)
@@ -223,7 +223,7 @@ def test_logs_have_the_same_keys_every_epoch(tmp_path):
 
 
 class Own(keras.Model):
-    """Built by its first step on TensorFlow."""
+    """TensorFlow builds it in its first step."""
 
     def __init__(self):
         super().__init__()

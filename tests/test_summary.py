@@ -16,17 +16,17 @@ from keras_isaac.curvature import conditioner
 
 @each_case()
 @pytest.mark.often(*OFTEN)
-def test_kernels_meet_what_they_meet_in_training(case):
+def test_the_rows_are_those_of_training(case):
     layer, inputs, _ = data(case)
     tensor = keras.Input(batch_shape=inputs.shape, dtype=inputs.dtype)
     model = keras.Model(tensor, layer(tensor))
-    # Also of layers that are not captured.
+    # The layer is not captured.
     found = {status.path: status for status in keras_isaac.summary(model)}
     for attribute, (rows, matrix_of) in case.read(layer, inputs).items():
         kernel = getattr(layer, attribute)
         status = found[kernel.path]
         groups, num_rows, num_in = rows.shape
-        # A table of tokens; LoRA's second factor meets what is looked up.
+        # A table counts tokens; the rows of LoRA's second factor are vectors that were looked up.
         is_table = case.vocabulary and not attribute.endswith("_b")
         if is_table:
             num_rows = inputs.size
@@ -46,7 +46,7 @@ def test_kernels_meet_what_they_meet_in_training(case):
     ],
     ids=["all-rows", "max-rows", "reduce"],
 )
-def test_the_inverses_of_a_step_are_those_of_the_table(options, sides, monkeypatch):
+def test_a_step_computes_the_inverses_of_the_table(options, sides, monkeypatch):
     def recording(function):
         def recorded(matrix, *arguments):
             sizes.append(matrix.shape[-1])
@@ -56,7 +56,7 @@ def test_the_inverses_of_a_step_are_those_of_the_table(options, sides, monkeypat
 
     sizes = []
     for name in ("sample_side", "condition"):
-        # Not the traces that calls of one shape share.
+        # Without the traces that calls of the same shape share.
         monkeypatch.setattr(conditioner, name, inspect.unwrap(getattr(conditioner, name)))
     for name in ("damped_inverse", "damped_inverse_root", "damped_projection"):
         monkeypatch.setattr(conditioner, name, recording(getattr(conditioner, name)))
@@ -72,7 +72,7 @@ def test_the_inverses_of_a_step_are_those_of_the_table(options, sides, monkeypat
 
 
 def test_multiplications():
-    """Worked out by hand from the forms of the conditioner."""
+    """The expected numbers are worked out by hand."""
     inputs = keras.Input((16, 20))
     hidden = layers.Dense(12, name="long")(inputs)
     hidden = layers.Dense(12, name="long_too", trainable=False)(hidden)
@@ -87,7 +87,7 @@ def test_multiplications():
     assert (long.side, long.num_sampled) == ("Woodbury", 10)
     outputs = 2 * 10**2 * 12 + 10**3 + 2 * 10 * 12 * 20
     assert long.added == 2 * 10**2 * 20 + 10**3 + 2 * 10 * 20 * 12 + outputs
-    # Five rows of three outputs: the feature side.
+    # Five rows and three outputs: the feature side.
     assert wide.added == 5**2 * 192 + 5**3 + 5**2 * 3 + 5 * 3**2 + 3**3 + 3**2 * 192
 
 
@@ -186,7 +186,7 @@ def test_frozen_kernels_are_shown_on_request(capsys, monkeypatch):
 
 def test_a_notebook_prints_the_table_alone():
     statuses = keras_isaac.summary(mlp())
-    # IPython shows what this shows, and prints an object without it.
+    # IPython calls this instead of printing the list.
     assert statuses._ipython_display_() is None
     assert isinstance(statuses, list)
 
@@ -202,7 +202,7 @@ class Own(keras.Model):
         return self.top(self.top(self.table(inputs["tokens"])))
 
 
-def test_a_model_with_a_call_of_its_own_and_shared_layers():
+def test_a_subclassed_model_and_shared_layers():
     model = Own()
     tokens = {"tokens": np.ones((3, 4), "int32")}
     with pytest.raises(ValueError, match=r"`summary` needs a model that is built\. Give '.*' an `Input`, or call it"):
@@ -218,7 +218,7 @@ def test_a_model_with_a_call_of_its_own_and_shared_layers():
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(weight), value)
 
 
-def test_sizes_that_are_open():
+def test_unknown_sizes():
     model = capture_inputs(keras.Sequential([keras.Input((None, 4)), layers.Dense(3)]))
     with pytest.raises(ValueError, match=r"Write `summary\(model, inputs=x\)` with a batch of inputs.*\(None, None, 4\)"):
         keras_isaac.summary(model)
