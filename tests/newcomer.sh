@@ -57,7 +57,7 @@ for other in others:
 print(f"{len(snippets)} snippets of the README ran on {backend} alone")
 PYTHON
   "$venv/bin/python" "$root/examples/digits.py" --backend "$backend" --epochs 2 --seeds 1 --picture "$work/digits.png"
-  "$venv/bin/python" "$root/examples/recipes/physics_informed.py" --backend "$backend" --width 16 --epochs 2
+  KERAS_BACKEND=$backend "$venv/bin/python" "$root/examples/recipes/keep_your_recipe.py"
   # An editable install works from the folder that holds the clone.
   mkdir -p "$work/holder"
   cp -r "$work/source" "$work/holder/keras_isaac"

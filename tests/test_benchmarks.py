@@ -107,7 +107,7 @@ with redirect_stdout(io.StringIO()) as output:
     report.main()
 text = output.getvalue()
 assert "| AdamW | best | 1 | 1 |" in text and "| Keras Muon | defaults | 1 | 1 |" in text, text
-assert "Time of a step over AdamW's" in text and "| ISAAC + AdamW |" in text, text
+assert "Time of a step" in text and "| ISAAC + AdamW |" in text, text
 assert max(line.count("|") for line in text.splitlines()) <= 9, text
 assert open("curves.png", "rb").read().startswith(b"\\x89PNG")
 
@@ -256,6 +256,29 @@ def test_the_equations_are_those_that_their_solutions_solve(tmp_path):
     run_script(PHYSICS, tmp_path)
 
 
+LORENZ = """
+import numpy as np
+from tasks import TASKS, dynamics
+
+def exact(x):
+    state = np.asarray(x, "float64") * dynamics.SCALE + dynamics.MEAN
+    return (dynamics._advance(state, 100) - state) / dynamics.SCALE / dynamics.CHANGE
+
+(x, y), _, test = TASKS["lorenz"].data()
+assert TASKS["lorenz"].loss(exact, x, y) < 1e-9
+assert TASKS["lorenz"].held_out(exact, *test) < 1e-6
+# An error of a hundredth in each step grows.
+assert TASKS["lorenz"].held_out(lambda x: 1.01 * exact(x), *test) > 1e-4
+# Without a forecast, the error is that of two states of the attractor.
+assert 0.5 < TASKS["lorenz"].held_out(lambda x: 0 * x, *test) < 3
+"""
+
+
+@slow_but_on_torch
+def test_the_forecast_repeats_the_step(tmp_path):
+    run_script(LORENZ, tmp_path)
+
+
 @slow_but_on_torch
 def test_lbfgs_lowers_the_error_with_more_evaluations(tmp_path):
     outputs = [
@@ -351,3 +374,18 @@ def test_overhead_counts_the_products_of_the_model(overhead, name):
             num_in = math.isqrt(math.prod(kernel)) if len(kernel) == 3 else math.prod(kernel[:-1])
             products.append((rows, num_in, math.prod(kernel) // num_in))
     assert sorted(products) == sorted(benchmark.products)
+
+
+@pytest.mark.slow
+def test_gpu_runs_at_a_tiny_size(tmp_path):
+    arguments = ("--tiny", "--chunks", 3, "--steps", 4, "--optimizers", "AdamW;ISAAC + Muon", "--json", "gpu.json")
+    output = run("benchmarks/gpu.py", *arguments, cwd=tmp_path)
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    names = [(model, optimizer) for model in ("gpt", "mlp") for optimizer in ("AdamW", "ISAAC + Muon")]
+    assert [(result["model"], result["optimizer"]) for result in results] == names
+    for result in results:
+        assert result["backend"] == keras.backend.backend()
+        assert len(result["losses"]) == len(result["seconds"]) == 3
+        assert min(result["losses"]) > 0
+        assert result["peak_mb"] > 0
+        assert re.search(rf"\| {result['model']} \| {re.escape(result['optimizer'])} \| [\d.]+ \| [\d.]+ \|", output), output

@@ -19,7 +19,7 @@ from swap import (
     SWAPPED,
     VERDICTS,
     isaac_config,
-    load_milliseconds,
+    load_measured,
     markdown,
     mean_and_error,
     mean_curve,
@@ -78,19 +78,19 @@ def print_swaps(tasks, title):
         print("".join(printed))
 
 
-def print_times(tasks):
-    """Prints the time of a step over the time of AdamW's."""
-    times = {task: each for task, each in load_milliseconds(SWAPPED).items() if task in tasks and "AdamW" in each}
-    for bases in (BASES[:3], BASES[3:]):
+def print_costs(tasks, quantity, title):
+    """Prints the time of a step, or the peak memory, over that of AdamW."""
+    measured = {task: each for task, each in load_measured(quantity, SWAPPED).items() if task in tasks and "AdamW" in each}
+    for bases in (BASES[:3], BASES[3:6], BASES[6:]):
         columns = [name for base in bases for name in (base, wrapped_name(base)) if name != "AdamW"]
-        columns = [name for name in columns if any(name in each for each in times.values())]
+        columns = [name for name in columns if any(name in each for each in measured.values())]
         if columns:
-            print("\nTime of a step over AdamW's, on one CPU core")
+            print(f"\n{title}, over that of AdamW")
             rows = []
-            for task, known in times.items():
+            for task, known in measured.items():
                 ratios = [f"{known[name] / known['AdamW']:.2f}" if name in known else "" for name in columns]
                 rows.append([task, f"{known['AdamW']:g}", *ratios])
-            markdown(["task", "AdamW, ms", *columns], rows)
+            markdown(["task", f"AdamW, {quantity}", *columns], rows)
 
 
 def print_comparison(tasks, horizon, methods, title):
@@ -176,7 +176,8 @@ def main():
     arguments = parser.parse_args()
     print_swaps(KNOWN, "Known tasks")
     print_swaps(UNSEEN, "Unseen tasks")
-    print_times(KNOWN + UNSEEN)
+    print_costs(KNOWN + UNSEEN, "milliseconds", "Time of a step on one CPU core")
+    print_costs(KNOWN + UNSEEN, "megabytes", "Peak memory of a process of ten steps")
     for horizon in HORIZONS:
         print_comparison(KNOWN + UNSEEN, horizon, TUNED, "Searched with equal budgets: test loss")
         print_comparison(KNOWN + UNSEEN, horizon, OTHERS, "Other optimizers: test loss")

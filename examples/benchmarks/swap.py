@@ -4,6 +4,7 @@
     python swap.py --defaults                             # the same at the optimizers' own defaults
     python swap.py --bases AdamW --tasks cnn --seeds 2 --isaac max_rows=64,damping=0.3 --results /tmp/x
     taskset -c 0 python swap.py --time                    # milliseconds a step, plain and wrapped, on one core
+    python swap.py --memory                               # peak memory of a process, plain and wrapped
 
 The search of `evidence.py` in `results/` gives the plain optimizer's best setting. The wrapped one takes it too, and all other
 arguments of `ISAAC` have their defaults, or the values that `--isaac` gives. Both are trained here, since runs on another
@@ -13,9 +14,13 @@ machine differ by rounding, which grows. Each run is a line of `results/swap/TAS
 
 import argparse
 import ast
+import concurrent.futures
 import json
 import math
+import multiprocessing
+import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -149,15 +154,15 @@ def line(task, plain, wrapped, milliseconds):
     return [*cells, change, p_value, steps, spent, verdict(old, new)]
 
 
-def load_milliseconds(folder):
-    """The times of a step, by task and method."""
-    path = folder / "milliseconds.json"
+def load_measured(quantity, folder):
+    """What was measured, "milliseconds" of a step or "megabytes" of a process, by task and optimizer."""
+    path = folder / f"{quantity}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def print_swap(tasks, base, horizon, at_defaults, config, folder=SWAPPED):
     """Prints a line for every task that has both runs, and counts; returns the lines."""
-    rows, times = [], load_milliseconds(folder)
+    rows, times = [], load_measured("milliseconds", folder)
     for task in tasks:
         setting = setting_for(task, base, horizon, at_defaults)
         plain, wrapped = pair(task, base, horizon, setting, config, folder) if setting else ({}, {})
@@ -178,15 +183,30 @@ def wrapped_name(base):
     return f"ISAAC + {base}"
 
 
-def time_task(task, bases, options, folder):
-    """Measures the steps of the optimizers, plain and wrapped, and keeps the medians."""
-    trainers = {base: make_trainer(TASKS[task], METHODS[base]) for base in bases}
-    trainers |= {wrapped_name(base): make_trainer(TASKS[task], METHODS[base], options) for base in bases}
-    kept = load_milliseconds(folder)
-    kept[task] = kept.get(task, {}) | time_steps(TASKS[task], trainers)
+def measure_task(quantity, task, bases, options, folder):
+    """Measures the optimizers on a task, plain and wrapped, and stores the results."""
+    cases = [(base, each) for base in bases for each in ((), (options,))]
+    names = [wrapped_name(base) if each else base for base, each in cases]
+    if quantity == "milliseconds":
+        trainers = [make_trainer(TASKS[task], METHODS[base], *each) for base, each in cases]
+        results = time_steps(TASKS[task], dict(zip(names, trainers, strict=True)))
+    else:
+        # A process each, or one's peak would hide the next one's.
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+            results = {name: pool.submit(peak_memory, task, *case).result() for name, case in zip(names, cases, strict=True)}
+    kept = load_measured(quantity, folder)
+    kept[task] = kept.get(task, {}) | results
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "milliseconds.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (folder / f"{quantity}.json").write_text(json.dumps(kept, indent=1) + "\n")
     print(task, kept[task], flush=True)
+
+
+def peak_memory(task, base, options):
+    """Trains ten steps, and returns the peak memory of this process in megabytes."""
+    trainer = make_trainer(TASKS[task]._replace(steps=NUM_CHECKS), METHODS[base], *options)
+    trainer.run(METHODS[base].start, 0)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def parse_options(text):
@@ -213,13 +233,15 @@ def main():
     parser.add_argument("--results", type=Path, default=SWAPPED, help="where the wrapped runs go (default: %(default)s)")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="starts no run after these (default: none)")
     parser.add_argument("--time", action="store_true", help="measure the time of a step instead; needs an idle machine")
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory instead, in a process each")
     arguments = parser.parse_args()
     started, tasks = time.perf_counter(), tasks_of(arguments.tasks)
     bases = arguments.bases.split(";") if arguments.bases else WITH_DEFAULTS if arguments.defaults else BASES
     horizons = [1] if arguments.defaults else [int(each) for each in arguments.horizons.split(",")]
-    if arguments.time:
+    if arguments.time or arguments.memory:
         for task in tasks:
-            time_task(task, bases, arguments.isaac, arguments.results)
+            quantity = "milliseconds" if arguments.time else "megabytes"
+            measure_task(quantity, task, bases, arguments.isaac, arguments.results)
         return
     config = isaac_config(arguments.isaac)
     for task in tasks:

@@ -1,35 +1,27 @@
 """A physics-informed network: it solves Poisson's equation -Δu = f on the unit square, without any data of u.
 
-    python physics_informed.py --backend jax
+    python physics_informed.py
 
-The model's output is the left side of the equation, so that `fit` trains on points and values of f, in float64. ISAAC
-conditions the whole gradient, with what flows through the derivatives by the inputs.
+The model's output is the left side of the equation, so `fit` trains on points and values of f, in float64. ISAAC conditions the
+whole gradient, including what flows through the derivatives with respect to the inputs.
 """
 
-import argparse
 import math
 import os
 
+os.environ["JAX_ENABLE_X64"] = "1"
+
+import keras
 import numpy as np
 
+from keras_isaac import ISAAC, capture_inputs
 
-def parse_arguments():
-    """Reads the command line, and sets what Keras and JAX read when they are imported."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", choices=["jax", "tensorflow", "torch"], help="default: the environment's")
-    parser.add_argument("--width", type=int, default=64, help="of the hidden layers (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=60, help="of 1,024 points (default: %(default)s)")
-    arguments = parser.parse_args()
-    if arguments.backend:
-        os.environ["KERAS_BACKEND"] = arguments.backend
-    os.environ["JAX_ENABLE_X64"] = "1"
-    return arguments
+WIDTH, EPOCHS = 64, 60
+keras.config.set_floatx("float64")
 
 
 def derivative(function, x):
-    """Returns the derivative of `function(x)`, whose rows depend on those of `x` alone; with what it itself depends on."""
-    import keras
-
+    """Returns the derivative of `function`, whose rows depend on the same rows of `x` only."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -48,51 +40,38 @@ def derivative(function, x):
         return torch.autograd.grad(function(x).sum(), x, create_graph=True)[0]
 
 
-def build_models(width):
-    """Returns the network for u, which is zero on the boundary, and the model of -Δu, which has the same weights."""
-    import keras
-
+def build_solution():
+    """The network for u, which is zero on the boundary."""
     points = keras.Input((2,))
-    hidden = keras.Sequential([keras.layers.Dense(width, "tanh") for _ in range(3)])(points)
+    hidden = keras.Sequential([keras.layers.Dense(WIDTH, "tanh") for _ in range(3)])(points)
     bubble = 16 * keras.ops.prod(points * (1 - points), axis=-1, keepdims=True)
-    solution = keras.Model(points, bubble * keras.layers.Dense(1)(hidden))
-
-    class NegativeLaplacian(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.solution = solution
-
-        def call(self, points):
-            second = [derivative(lambda x, i=i: derivative(self.solution, x)[:, i], points)[:, i] for i in range(2)]
-            return -keras.ops.expand_dims(sum(second), -1)
-
-    return solution, NegativeLaplacian()
+    return keras.Model(points, bubble * keras.layers.Dense(1)(hidden))
 
 
-def main():
-    """Trains with Adam and with ISAAC around it, and prints the error of u."""
-    arguments = parse_arguments()
-    import keras
+class NegativeLaplacian(keras.Model):
+    """-Δu, with the weights of u."""
 
-    from keras_isaac import ISAAC, capture_inputs
+    def __init__(self, solution):
+        super().__init__()
+        self.solution = solution
 
-    keras.config.set_floatx("float64")
-    points = np.random.default_rng(0).uniform(size=(1024, 2))
-    exact = np.prod(np.sin(math.pi * points * (1, 2)), axis=1, keepdims=True)  # u = sin(πx) sin(2πy), and so f = 5π²u.
-    steps = arguments.epochs * len(points) // 64
-    rate = keras.optimizers.schedules.CosineDecay(1e-2, steps)
-    for optimizer in (keras.optimizers.Adam(rate), ISAAC(rate, inner_optimizer="adam")):
-        keras.utils.set_random_seed(0)
-        solution, model = build_models(arguments.width)
-        capture_inputs(model).compile(optimizer, "mse")
-
-        def error(solution=solution):
-            return np.linalg.norm(solution.predict(points, verbose=0) - exact) / np.linalg.norm(exact)
-
-        before = error()
-        model.fit(points, 5 * math.pi**2 * exact, batch_size=64, epochs=arguments.epochs, verbose=0)
-        print(f"{type(optimizer).__name__:6}  relative error of u: {before:.2e} at first, {error():.2e} after {steps} steps")
+    def call(self, points):
+        """Differentiates twice by each coordinate."""
+        second = [derivative(lambda x, i=i: derivative(self.solution, x)[:, i], points)[:, i] for i in range(2)]
+        return -keras.ops.expand_dims(sum(second), -1)
 
 
-if __name__ == "__main__":
-    main()
+points = np.random.default_rng(0).uniform(size=(1024, 2))
+exact = np.prod(np.sin(math.pi * points * (1, 2)), axis=1, keepdims=True)  # u = sin(πx) sin(2πy), so f = 5π²u
+num_steps = EPOCHS * len(points) // 64
+for name in ("Adam", "ISAAC"):
+    keras.utils.set_random_seed(0)
+    solution = build_solution()
+    model = capture_inputs(NegativeLaplacian(solution))
+    optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-2, num_steps))
+    if name == "ISAAC":
+        optimizer = ISAAC(inner_optimizer=optimizer)
+    model.compile(optimizer, "mse")
+    model.fit(points, 5 * math.pi**2 * exact, batch_size=64, epochs=EPOCHS, verbose=0)
+    error = np.linalg.norm(solution.predict(points, verbose=0) - exact) / np.linalg.norm(exact)
+    print(f"{name:6} relative error of u: {error:.2e} after {num_steps} steps")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tasks import images, physics, tables, texts
+from tasks import dynamics, images, physics, signals, tables, texts
 from tasks.losses import accuracy, cross_entropy, squared_error
 
 
@@ -56,7 +56,13 @@ TASKS = {
     "burgers": Task(physics.network, physics.burgers_residual, physics.burgers, 64, 2000, {}, physics.burgers_error),
     "reviews": Task(texts.encoder, cross_entropy, texts.reviews, 16, 100, ACCURACY),
     "reviews-lora": Task(functools.partial(texts.encoder, rank=8), cross_entropy, texts.reviews, 16, 100, ACCURACY),
+    "mnist1d-mlp": Task(signals.mlp, cross_entropy, signals.mnist1d, 100, 2000, ACCURACY),
+    "mnist1d-cnn": Task(signals.cnn, cross_entropy, signals.mnist1d, 100, 2000, ACCURACY),
+    # nanoGPT's configuration for a CPU.
+    "shakespeare": Task(functools.partial(texts.transformer, num_blocks=4), cross_entropy, texts.shakespeare, 12, 2000),
+    "movies": Task(tables.regressor(16, 128), squared_error, tables.movies, 64, 1500),
+    "lorenz": Task(dynamics.forecaster, squared_error, dynamics.lorenz, 64, 2000, {}, dynamics.forecast_error),
 }
 # Tasks that no choice of a default has seen. They are trained last and reported apart.
-UNSEEN = []
+UNSEEN = ["mnist1d-mlp", "mnist1d-cnn", "shakespeare", "movies", "lorenz"]
 KNOWN = [name for name in TASKS if name not in UNSEEN]

