@@ -1,28 +1,18 @@
 """The recipes run as a newcomer runs them, on small settings."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from models import keras_hub
-from test_examples import EXAMPLES
+from test_examples import EXAMPLES, run
 
 
 def run_recipe(name, constants, smaller, folder):
     """Runs a recipe with smaller constants, and returns what it prints."""
-    return run_program((EXAMPLES / "recipes" / f"{name}.py").read_text(), constants, smaller, folder)
-
-
-def run_program(program, constants, smaller, folder):
+    program = (EXAMPLES / "recipes" / f"{name}.py").read_text()
     assert constants in program
-    (folder / "program.py").write_text(program.replace(constants, smaller))
-    environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "program.py"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    (folder / "recipe.py").write_text(program.replace(constants, smaller))
+    return run(folder / "recipe.py", cwd=folder)
 
 
 def test_isaac_around_your_own_optimizer_ends_lower(tmp_path):
