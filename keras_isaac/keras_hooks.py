@@ -1,153 +1,187 @@
-"""Every hold on Keras: training steps, calls, building, recomputation, masks, compiling and saving.
+"""All code that patches Keras: training steps, calls, building, recomputation, masks, compiling and saving.
 
-Each line states one assumption about Keras, and names the test of `tests/test_hooks.py` that fails if a new Keras breaks it.
+Each line states one assumption about Keras and names the test in `tests/test_hooks.py` that fails if a new Keras breaks it.
 
 - `fit` and `train_on_batch` run the `train_step` of the instance: `test_training_runs_the_train_step_of_the_instance`.
 - In the NNX mode of JAX, they run its `compute_loss_and_updates`: `test_nnx_mode`, of `test_setups.py`.
 - They call `make_train_function`, which keeps a step unless forced: `test_training_makes_its_step_once`.
+- On JAX, they call it before they take the weights out of the model: `test_a_failed_check_leaves_the_weights_in_the_model`.
+- A model without a step is given a new one: `test_a_model_without_a_step_makes_one`.
 - A step on JAX is given the optimizer's variables third: `test_a_jax_step_is_given_the_optimizer_variables_third`.
 - A layer runs the `call` of the instance: `test_a_layer_runs_the_call_of_the_instance`.
 - A quantized one, its `quantized_call`: `test_factors_beside_a_quantized_kernel`, of `test_lora.py`.
 - It is built by the `build` of the instance, before its `call`: `test_a_layer_is_built_by_the_build_of_the_instance`.
 - It is recomputed by the `rematerialized_call` of the instance: `test_recomputation_runs_the_rematerialized_call`.
-- Masks travel as `_keras_mask` on TensorFlow and PyTorch: `test_masks_are_read_and_given`.
 - Copies and files ask the instance for `get_compile_config`: `test_copies_ask_for_the_compile_config_of_the_instance`.
 - The garbage collector knows every model: `test_every_living_model_is_found`.
+
+Private attributes of Keras that the package relies on:
+
+- `_keras_mask`, the mask of a tensor on TensorFlow and PyTorch: `test_masks_are_read_and_given`.
+- `_model_variables_moving_average` of an optimizer, which the `SwapEMAWeights` callback reads (`optimizer_wrapper.py`):
+  `test_callbacks_see_the_moving_average_inside_other_optimizers`, of `test_optimizer.py`.
 """
 
 import functools
 import gc
 import types
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import keras
 from keras import ops
 
 from keras_isaac import backend
+from keras_isaac.optimizer_wrapper import isaacs_in
 from keras_isaac.scope import bind_scope
 
 # A mode of JAX alone, which an older Keras does not have.
 _IS_NNX = backend.IS_STATELESS and getattr(keras.config, "is_nnx_enabled", bool)()
-# NNX passes over the `train_step` of an instance, but not over what that step calls for the loss.
+# NNX does not run the `train_step` of an instance, but it runs what that step calls for the loss.
 _STEP = "compute_loss_and_updates" if _IS_NNX else "train_step"
 
 # Training steps.
 
 
-def wrap_step(model, owner):
-    """Runs every training step of this model inside `owner.step`, from the next one on.
+class Owner(Protocol):
+    """What owns the training step of a model."""
 
-    Args:
-        model: `keras.Model`.
-        owner: object with `step(optimizer_values)`, a context manager, given the values that stand for the variables of
-            `model.optimizer` in this step, or `None` where they stand for themselves; `before_compiling()`, called before a
-            step is compiled; and `before_saving()`, called before the model's compile configuration is read.
-    """
+    def step(self, optimizer_values: list | None) -> AbstractContextManager:
+        """Returns the context in which a training step runs.
+
+        Args:
+            optimizer_values: the tensors that `model.optimizer.variables` have in this step, or `None` if the variables
+                themselves hold their values.
+        """
+
+    def before_training(self, is_new: bool) -> None:
+        """Called by `fit` and `train_on_batch`, before Keras takes the weights; `is_new` if a new step will be compiled."""
+
+    def before_saving(self) -> None:
+        """Called before the compile configuration of the model is read, to save or copy it."""
+
+
+def wrap_step(model: keras.Model, owner: Owner) -> None:
+    """Runs every training step of this model inside `owner.step`, from the next one on."""
     plain_step, plain_make, plain_config = getattr(model, _STEP), model.make_train_function, model.get_compile_config
-    replaced = {name: vars(model)[name] for name in (_STEP, "make_train_function", "get_compile_config") if name in vars(model)}
+    has_own_step = "train_step" in vars(model) or type(model).train_step is not keras.Model.train_step
 
-    def wrap():
+    def renew() -> None:
+        # JAX remembers what it compiled by the function, so that a new step needs a new one.
         @functools.wraps(plain_step)
-        def step(*args, **kwargs):
+        def step(*args: Any, **kwargs: Any) -> Any:
             if _IS_NNX and kwargs.get("optimizer_variables") is None:
-                # It is a step of `evaluate`.
+                # A step of `evaluate`.
                 return plain_step(*args, **kwargs)
             with owner.step(_optimizer_values(args, kwargs)):
                 return plain_step(*args, **kwargs)
 
         setattr(model, _STEP, step)
 
+    # A model's own `make_train_function` need not take `force`.
     @functools.wraps(plain_make)
-    def make_train_function(force=False):
-        if force or model.train_function is None:
-            # JAX remembers what it compiled by the function: with the same one, a change of the layers or of the loss would
-            # not reach the compiled step.
-            wrap()
-            owner.before_compiling()
-        return plain_make(force=force)
+    def make_train_function(*args: Any, **kwargs: Any) -> Any:
+        is_new = model.train_function is None or bool(args and args[0]) or bool(kwargs.get("force"))
+        owner.before_training(is_new)
+        if is_new:
+            renew()
+        return plain_make(*args, **kwargs)
+
+    def recompile() -> None:
+        if model.train_function is not None:
+            renew()
+            model.train_function = None
+            plain_make()
 
     @functools.wraps(plain_config)
-    def get_compile_config():
+    def get_compile_config() -> dict | None:
         owner.before_saving()
         return plain_config()
 
-    wrap()
-    make_train_function.owner, make_train_function.replaced = owner, replaced
+    renew()
+    make_train_function.owner, make_train_function.recompile = owner, recompile  # type: ignore[attr-defined]
+    make_train_function.has_own_step = has_own_step  # type: ignore[attr-defined]
     model.make_train_function = make_train_function
     model.get_compile_config = get_compile_config
 
 
-def unwrap_step(model):
-    """Takes back `wrap_step`."""
-    replaced = model.make_train_function.replaced
-    for name in (_STEP, "make_train_function", "get_compile_config"):
-        if name in replaced:
-            setattr(model, name, replaced[name])
-        else:
-            delattr(model, name)
-
-
-def owner_of(model):
-    """Returns the `owner` that wraps the training step of this model, or `None`."""
+def owner_of(model: keras.Layer) -> Any:
+    """Returns the `Owner` of the training step of this model, or `None`."""
     return getattr(vars(model).get("make_train_function"), "owner", None)
 
 
-def renew_step(model):
-    """Has a step that was compiled before compiled anew."""
-    if model.train_function is not None:
-        model.make_train_function(force=True)
+def has_own_step(model: keras.Model) -> bool:
+    """Returns whether a model that has an owner trains by a `train_step` that is not Keras'."""
+    return model.make_train_function.has_own_step
 
 
-def _optimizer_values(args, kwargs):
-    """Returns the tensors that stand for `optimizer.variables` in a step that is given these arguments."""
+def recompile_step(model: keras.Model) -> None:
+    """Recompiles the training step of a model that has an owner, if it is compiled already."""
+    model.make_train_function.recompile()
+
+
+def _optimizer_values(args: tuple, kwargs: dict) -> list | None:
     if not backend.IS_STATELESS:
         return None
     return kwargs["optimizer_variables"] if _IS_NNX else (args[0] if args else kwargs["state"])[2]
 
 
-def living_models():
-    """Returns every `keras.Model` of this process. Keras keeps no list, so this looks through all objects."""
-    # A proxy's `isinstance` may run code: only the type is asked.
+def models_of(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> list[keras.Model]:
+    """Returns the living models that are compiled with this optimizer, or that hold the first of these variables.
+
+    Keras keeps no list of models, so this looks through all objects of the process.
+    """
+    return [
+        model
+        for model in living_models()
+        if any(each is optimizer for each in isaacs_in(getattr(model, "optimizer", None)))
+        or any(variable is variables[0] for variable in model.variables)
+    ]
+
+
+def living_models() -> list[keras.Model]:
+    """Returns every `keras.Model` of this process."""
+    # `isinstance` may run code of a proxy, so that only the type is asked.
     return [each for each in gc.get_objects() if issubclass(type(each), keras.Model) and hasattr(each, "train_function")]
 
 
 # Layers.
 
 
-def wrap_call(layer, function):
-    """Has `function(layer, *args, **kwargs)` run for the layer's `call`, unless somebody else's already does."""
+def wrap_call(layer: keras.Layer, function: Callable) -> None:
+    """Replaces the layer's `call` by `function(layer, *args, **kwargs)`, unless it is replaced already."""
     if "call" not in vars(layer):
         # Keras calls a quantized layer by the other name.
         layer.call = layer.quantized_call = types.MethodType(function, layer)
 
 
-def runs(layer, function):
-    """Whether `function` runs for the layer's `call`."""
+def runs(layer: keras.Layer, function: Callable) -> bool:
+    """Returns whether `function` replaces the layer's `call`."""
     return getattr(vars(layer).get("call"), "__func__", None) is function
 
 
-def unwrap_call(layer):
-    """Takes back `wrap_call`."""
+def unwrap_call(layer: keras.Layer) -> None:
+    """Undoes `wrap_call`."""
     del layer.call, layer.quantized_call
 
 
-def quantization(layer):
+def quantization(layer: keras.Layer) -> str | None:
     """Returns how a layer is quantized, such as `"int8"`, or `None`."""
     return getattr(layer, "quantization_mode", None)
 
 
-def own_call(layer):
+def own_call(layer: keras.Layer) -> Callable:
     """Returns the function that computes `layer` in Keras: its `call`, or `quantized_call` if it is quantized."""
     return type(layer).call if quantization(layer) is None else type(layer).quantized_call
 
 
-def after_build(layer, function):
-    """Calls `function()` once, as soon as this layer is built: it has its path and its layers then, and was not called yet."""
+def after_build(layer: keras.Layer, function: Callable[[], None]) -> None:
+    """Calls `function()` once the layer is built: then it has its path and its layers, and was not called yet."""
     plain_build = layer.build
 
     @functools.wraps(plain_build)
-    def build(*args, **kwargs):
+    def build(*args: Any, **kwargs: Any) -> None:
         layer.build = plain_build
         try:
             plain_build(*args, **kwargs)
@@ -159,16 +193,10 @@ def after_build(layer, function):
     layer.build = build
 
 
-def keep_scope(layer):
-    """Has this layer recomputed in the scope of its forward pass, if a `keras.RematScope` says that it is to be recomputed."""
+def keep_scope(layer: keras.Layer) -> None:
+    """Recomputes this layer in the scope of its forward pass, where a `keras.RematScope` asks for recomputation."""
     if "rematerialized_call" not in vars(layer):
         layer.rematerialized_call = types.MethodType(_rematerialized_call, layer)
-
-
-def drop_scope(layer):
-    """Takes back `keep_scope`."""
-    if getattr(vars(layer).get("rematerialized_call"), "__func__", None) is _rematerialized_call:
-        del layer.rematerialized_call
 
 
 def _rematerialized_call(layer, layer_call, *args, **kwargs):

@@ -12,11 +12,12 @@ from keras import ops
 
 from keras_isaac import backend, scope
 from keras_isaac.backend import matmul, trace
+from keras_isaac.captured_layer import choice_of
 from keras_isaac.curvature import plan
 from keras_isaac.curvature.conditioner import in_full_precision, summed_damping
 from keras_isaac.curvature.record import KernelCall
 from keras_isaac.layers.calls import is_sparse
-from keras_isaac.optimizer import isaacs_in
+from keras_isaac.optimizer_wrapper import isaacs_in
 from keras_isaac.summary import run_on_shapes
 
 _TINY = 1e-37
@@ -50,7 +51,7 @@ def build_measure(model: keras.Model, data: tuple) -> Callable[[], dict[str, np.
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         with contextlib.ExitStack() as stack:
             for optimizer in optimizers if is_open else ():
-                conditioning = optimizer.conditioning_of_step(outer_optimizer=model.optimizer)
+                conditioning = optimizer.conditioning_of_step(outer_optimizer=model.optimizer, chooses=choice_of(model))
                 recording = functools.partial(record, conditioning)
                 stack.enter_context(scope.open_scope(dataclasses.replace(conditioning, on_use=lambda: None, record=recording)))
             outputs = model(x, training=True)

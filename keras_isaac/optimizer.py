@@ -1,4 +1,4 @@
-"""The `ISAAC` optimizer: the damping, the inner optimizer, and the check that the two halves of the pair have met."""
+"""The `ISAAC` optimizer: the damping and the other options of conditioning, and the inner optimizer."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,22 +10,22 @@ from keras import ops
 from keras_isaac import backend, scope
 from keras_isaac.arguments import (
     LearningRateSchedule,
+    build_damping,
     build_inner_optimizer,
+    check_damping,
     check_flags,
     check_number,
     check_weight_sharing,
     public_config,
 )
-from keras_isaac.damping import Damping
-from keras_isaac.optimizer_around import OptimizerAround
-from keras_isaac.participation import Participation
-
-# Functions of an `ISAAC`, called when it is made and when it is built: `capture.py` looks for its model then.
-listeners: list[Callable[[Any], None]] = []
+from keras_isaac.captured_layer import is_chosen
+from keras_isaac.captured_model import after_optimizer_is_built
+from keras_isaac.optimizer_wrapper import OptimizerWrapper
+from keras_isaac.step_check import StepCheck
 
 
 @keras.saving.register_keras_serializable(package="keras_isaac")
-class ISAAC(OptimizerAround):
+class ISAAC(OptimizerWrapper):
     """Optimizer whose gradients carry second-order information taken from the layers' inputs.
 
     It works in a pair with `keras_isaac.capture_inputs`: the captured layers of a model condition the gradients of their
@@ -108,11 +108,6 @@ class ISAAC(OptimizerAround):
         check_weight_sharing(weight_sharing, max_rows)
         check_flags(relative_damping=relative_damping, preserve_norm=preserve_norm, per_replica=per_replica)
         super().__init__(build_inner_optimizer(inner_optimizer, learning_rate, kwargs), name)
-        if isinstance(self.inner_optimizer, keras.optimizers.LossScaleOptimizer) or isaacs_in(self.inner_optimizer):
-            raise ValueError(
-                f"`{type(self.inner_optimizer).__name__}` cannot stand inside `ISAAC`. Put it around it: "
-                f"`keras.optimizers.LossScaleOptimizer(ISAAC(...))`. Received: inner_optimizer={inner_optimizer!r}"
-            )
         self.relative_damping = relative_damping
         self.preserve_norm = preserve_norm
         self.output_damping = None if output_damping is None else float(output_damping)
@@ -120,31 +115,35 @@ class ISAAC(OptimizerAround):
         self.max_rows = max_rows
         self.per_replica = per_replica
         # Which layers of a copied model are to be captured: `True` for all, or their paths; `None` if that is not known.
-        self.captured = None
-        self.participation = Participation()
-        self._trained_variables = None
-        self._damping = Damping(damping, self.name)
-        for listener in listeners:
-            listener(self)
+        self.captured: bool | frozenset[str] | None = None
+        self.step_check = StepCheck()
+        self._damping = build_damping(damping, self.name)
 
     @property
     def damping(self) -> Any:
         """The damping λ: a variable, or the schedule's value at the present iteration."""
-        return self._damping.at(self.iterations)
+        return self._damping(self.iterations) if isinstance(self._damping, LearningRateSchedule) else self._damping
 
     @damping.setter
     def damping(self, damping: float) -> None:
+        check_damping(damping)
+        if isinstance(self._damping, LearningRateSchedule) or isinstance(damping, LearningRateSchedule):
+            raise TypeError(
+                "Compile the model with a new `ISAAC(damping=...)`: a damping can be set only from a number to a number, "
+                f"because a schedule is part of the compiled training step. Received: damping={damping}"
+            )
         self._damping.assign(damping)
 
     @contextlib.contextmanager
     def conditioning(self, optimizer_variables: Sequence[Any] | None = None) -> Iterator[None]:
         """Conditions the gradients of captured layers inside the `with` block, for a training loop of your own.
 
-        `fit` and `train_on_batch` of a captured model do this by themselves. The forward pass belongs inside the block.
+        `fit` and `train_on_batch` of a captured model do this by themselves. Run the forward pass inside the block. It
+        conditions the layers that were captured alone, and those that any captured model chooses.
 
         Args:
-            optimizer_variables: on the JAX backend, where state is explicit, the list of tensors that stands for
-                `optimizer.variables` in this step. Not used on other backends. Defaults to `None`.
+            optimizer_variables: on the JAX backend, where state is explicit, the list of tensors that
+                `optimizer.variables` have in this step. Not used on other backends. Defaults to `None`.
 
         Raises:
             ValueError: on the JAX backend, if `optimizer_variables` is missing or of another length.
@@ -164,21 +163,26 @@ class ISAAC(OptimizerAround):
             received = "None" if optimizer_variables is None else f"a list of length {len(optimizer_variables)}"
             if optimizer_variables is None or len(optimizer_variables) != len(self.variables):
                 raise ValueError(
-                    "On the JAX backend `conditioning()` takes the values of the optimizer's variables, so that a change of "
-                    "the damping reaches a compiled step. Write `with optimizer.conditioning(optimizer_variables):` with the "
-                    f"same list of {len(self.variables)} tensors that goes to `stateless_apply`. "
+                    "Write `with optimizer.conditioning(optimizer_variables):` with the same list of "
+                    f"{len(self.variables)} tensors that goes to `stateless_apply`. On JAX the damping is read from it. "
                     f"Received: optimizer_variables={received}"
                 )
             mapping = list(zip(self.variables, optimizer_variables, strict=True))
         with scope.open_scope(self.conditioning_of_step(mapping)):
             yield
 
-    def conditioning_of_step(self, state_mapping=(), outer_optimizer=None):
+    def conditioning_of_step(
+        self,
+        state_mapping: Sequence[tuple] = (),
+        outer_optimizer: keras.optimizers.Optimizer | None = None,
+        chooses: Callable[[keras.Layer], bool] = is_chosen,
+    ) -> scope.Conditioning:
         """Returns this step's `Conditioning`.
 
         Args:
-            state_mapping: list of pairs of variable and tensor, under which the state is read.
+            state_mapping: list of pairs of variable and tensor, the values of the optimizer's variables in this step.
             outer_optimizer: the optimizer that scales the loss. Defaults to `None`: this one.
+            chooses: function that returns whether a layer is conditioned. Defaults to that of loops of the user's own.
         """
         stateless = keras.StatelessScope(state_mapping) if state_mapping else contextlib.nullcontext()
         output_damping = None
@@ -188,7 +192,7 @@ class ISAAC(OptimizerAround):
             if self.output_damping is not None:
                 output_damping = ops.convert_to_tensor(self.output_damping, "float32")
                 if not self.relative_damping:
-                    # The output's gradients come multiplied by the scale of the loss.
+                    # The output's gradients are multiplied by the scale of the loss.
                     scale = ops.cast((outer_optimizer or self).scale_loss(ops.ones((), "float32")), "float32")
                     output_damping = output_damping * scale * scale
         return scope.Conditioning(
@@ -200,65 +204,76 @@ class ISAAC(OptimizerAround):
             max_rows=self.max_rows,
             per_replica=self.per_replica,
             trains=self._trains,
-            on_use=self.participation.note,
+            chooses=chooses,
+            on_use=self.step_check.note_use,
         )
 
-    def _trains(self, variable):
-        return variable.trainable and (self._trained_variables is None or id(variable) in self._trained_variables)
+    def _trains(self, variable: keras.Variable) -> bool:
+        trained = self.step_check.trained
+        return variable.trainable and (trained is None or id(variable) in trained)
 
-    def forget(self):
-        """Says that its model is captured no more."""
-        self.captured = None
-        self.participation.forget()
-
-    def build(self, variables):
+    def build(self, variables: list[keras.Variable]) -> None:
         """Builds the inner optimizer for `variables`."""
         if not variables:
             # Keras builds the optimizer of a `.h5` file for no variables, and for all of them once it trains.
             return
         self.inner_optimizer.build(variables)
         super().build(variables)
-        self._trained_variables = frozenset(id(v) for v in variables)
-        for listener in listeners:
-            listener(self)
+        self.step_check.trained = {id(variable): variable for variable in variables}
+        after_optimizer_is_built(self, variables)
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(self, grads: Sequence, trainable_variables: Sequence | None = None) -> None:
         """Applies conditioned gradients by the inner optimizer.
 
         Raises:
             ValueError: if no captured layer has conditioned a gradient for this optimizer in this step.
         """
+        if len(grads) == 0:
+            return
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
-        self.participation.check(trainable_variables or self._trainable_variables)
-        if not self.built:
+        self.step_check.check(trainable_variables)
+        if trainable_variables is not None and not self.built:
             with keras.name_scope(self.name):
                 self.build(trainable_variables)
         self.inner_optimizer.apply(backend.barrier(grads), trainable_variables)
 
+    def stateless_apply(self, optimizer_variables: Sequence, grads: Sequence, trainable_variables: Sequence) -> tuple:
+        """Returns the new values of the trainable variables and of `optimizer.variables`, on JAX."""
+        if len(trainable_variables) == 0:
+            # An optimizer that has nothing to train is not built.
+            return list(trainable_variables), [ops.convert_to_tensor(value) for value in optimizer_variables]
+        return super().stateless_apply(optimizer_variables, grads, trainable_variables)
+
     @property
-    def variables(self):
+    def variables(self) -> list[keras.Variable]:
         """The damping, if it is a variable, and the inner optimizer's variables."""
-        # During `super().__init__` there is no inner optimizer yet.
-        own = self._damping.variables if hasattr(self, "_damping") else []
-        return own + self.inner_optimizer.variables
+        # During `super().__init__` there is no damping yet.
+        damping = getattr(self, "_damping", None)
+        return [*([damping] if isinstance(damping, keras.Variable) else []), *self.inner_optimizer.variables]
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """Saves the damping; Keras saves the inner optimizer by itself."""
-        self._damping.save(store)
+        if isinstance(self._damping, keras.Variable):
+            store["damping"] = self._damping.numpy()
 
-    def load_own_variables(self, store):
-        """Loads the damping; Keras loads the inner optimizer by itself."""
-        self._damping.load(store)
+    def load_own_variables(self, store: Any) -> None:
+        """Loads the damping, if it was saved; Keras loads the inner optimizer by itself."""
+        if isinstance(self._damping, keras.Variable) and "damping" in store.keys():  # noqa: SIM118 (a store of HDF5)
+            self._damping.assign(store["damping"])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the configuration: the arguments, and the serialized inner optimizer."""
         inner_optimizer = public_config(self.inner_optimizer)
+        if isinstance(self._damping, LearningRateSchedule):
+            damping: Any = keras.optimizers.schedules.serialize(self._damping)
+        else:
+            damping = float(ops.convert_to_numpy(self._damping))
         return {
             "name": self.name,
             # Loggers look for it here.
             "learning_rate": inner_optimizer["config"].get("learning_rate"),
-            "damping": self._damping.get_config(),
+            "damping": damping,
             "inner_optimizer": inner_optimizer,
             "relative_damping": self.relative_damping,
             "preserve_norm": self.preserve_norm,
@@ -270,7 +285,7 @@ class ISAAC(OptimizerAround):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: dict | None = None) -> "ISAAC":
         """Builds the optimizer from its configuration."""
         config = dict(config)
         captured = config.pop("captured", None)
@@ -286,14 +301,6 @@ class ISAAC(OptimizerAround):
         optimizer = cls(**config)
         optimizer.captured = captured if captured is None or captured is True else frozenset(captured)
         return optimizer
-
-
-def isaacs_in(optimizer):
-    """Returns the `ISAAC` optimizers in `optimizer`: itself, in a LossScaleOptimizer or in a MultiOptimizer."""
-    if isinstance(optimizer, ISAAC):
-        return [optimizer]
-    inner = [getattr(optimizer, "inner_optimizer", None), *getattr(optimizer, "optimizers", ())]
-    return [isaac for each in inner if each is not None for isaac in isaacs_in(each)]
 
 
 # Keras looks up the optimizer of `model.compile(optimizer="isaac")` here.

@@ -29,6 +29,7 @@ class Conditioning:
         per_replica: boolean, whether each replica's rows make a curvature of their own.
         trains: function of a kernel variable, whether this optimizer updates it.
         on_use: called without arguments whenever a layer conditions a kernel.
+        chooses: function of a layer, whether it is conditioned. Defaults to all.
         record: function that is told of every `KernelCall`, after the kernel variable. `None` in training.
     """
 
@@ -41,6 +42,7 @@ class Conditioning:
     per_replica: bool
     trains: Callable[[Any], bool]
     on_use: Callable[[], None]
+    chooses: Callable[[Any], bool] = lambda layer: True
     record: Callable[[Any, Any], None] | None = None
 
     def of_kernel(self, kernel):

@@ -2,18 +2,20 @@
 
 import difflib
 import re
-import weakref
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import NoReturn, TypeAlias
 
 import keras
 
-from keras_isaac.layers import adapter_of, supported_kinds
+from keras_isaac.layers import adapter_of
 
 # A layer, or a regular expression of its path.
 Rule: TypeAlias = str | keras.Layer
+# The layers that contain a layer, outermost first.
+Containers: TypeAlias = tuple[keras.Layer, ...]
 
 
-def walk(root, containers=()):
+def walk(root: keras.Layer, containers: Containers = ()) -> Iterator[tuple[keras.Layer, Containers]]:
     """Yields `root` and every layer in it, each with the layers that contain it, outermost first."""
     seen = {id(root)}
     stack = [(root, containers)]
@@ -32,43 +34,8 @@ def walk(root, containers=()):
                 stack.append((value, (*containers, layer)))
 
 
-class Selection:
-    """The rules of one call, and what came of them so far."""
-
-    def __init__(self, include, exclude):
-        self.include, self.exclude = check_rules("include", include), check_rules("exclude", exclude)
-        self.waiting = weakref.WeakSet()
-        self._by_path = any(isinstance(rule, str) for rule in (*(self.include or ()), *(self.exclude or ())))
-        self._decided, self._matched, self._chosen = weakref.WeakSet(), set(), set()
-
-    def chooses(self, layer, containers):
-        """Whether `layer` is to be captured; it is asked once a layer, so that a later choice for that layer holds."""
-        # A layer has no path before it is built, so that it is too early to tell.
-        if layer in self._decided or (self._by_path and layer.path is None):
-            return False
-        self._decided.add(layer)
-        included, excluded = _matching(self.include, layer, containers), _matching(self.exclude, layer, containers)
-        self._matched |= included | excluded
-        if adapter_of(layer):
-            self._chosen |= included
-        return (self.include is None or bool(included)) and not excluded
-
-    def check(self, model):
-        """Raises if a rule matched nothing, or nothing that can be conditioned, although all layers are built."""
-        if any(not layer.built for layer in self.waiting):
-            return
-        layers = list(walk(model)) if self.include or self.exclude else ()
-        for name, rules in (("include", self.include), ("exclude", self.exclude)):
-            for rule in rules or ():
-                if rule not in self._matched:
-                    _raise_unmatched(name, rule, model, [layer.path for layer, _ in layers if adapter_of(layer)])
-                if name == "include" and rule not in self._chosen:
-                    kinds = {describe(layer) for layer, above in layers if rule in _matching((rule,), layer, above)}
-                    raise_unsupported(sorted(kinds), f"include={describe(rule)}")
-
-
-def check_rules(name, rules):
-    """Returns the rules of argument `name` as a tuple, or `None`; raises if one is no rule."""
+def check_rules(name: str, rules: Rule | Sequence[Rule] | None) -> tuple[Rule, ...] | None:
+    """Returns the rules of the argument `name` as a tuple, or `None`; raises if one is no rule."""
     if rules is None:
         return None
     rules = tuple(rules) if isinstance(rules, (list, tuple, set)) else (rules,)
@@ -83,44 +50,58 @@ def check_rules(name, rules):
                 re.compile(rule)
             except re.error as error:
                 raise ValueError(
-                    f"`{name}` takes regular expressions, in which any characters are `.*` and not `*`. "
+                    f"`{name}` takes regular expressions, in which `.*` and not `*` matches any characters. "
                     f"Received: {name}={rule!r} ({error})"
                 ) from error
     return rules
 
 
-def _matching(rules, layer, containers):
-    """Returns the rules that name `layer` or a layer that contains it."""
-    candidates = (layer, *containers)
-    return {rule for rule in rules or () if any(_names(rule, candidate) for candidate in candidates)}
+def matches(rules: Sequence[Rule], layer: keras.Layer, containers: Containers) -> bool:
+    """Returns whether one of the rules names `layer` or a layer that contains it."""
+    return any(_names(rule, each) for rule in rules for each in (layer, *containers))
 
 
-def _names(rule, layer):
+def _names(rule: Rule, layer: keras.Layer) -> bool:
     if isinstance(rule, str):
         return layer.path is not None and re.fullmatch(rule, layer.path) is not None
     return rule is layer
 
 
-def describe(layer):
+def check_matches(model: keras.Model, include: tuple[Rule, ...] | None, exclude: tuple[Rule, ...] | None) -> None:
+    """Raises if a rule matches no layer of a built model, or a rule of `include` none that can be conditioned."""
+    layers = list(walk(model)) if include or exclude else []
+    for name, rules in (("include", include), ("exclude", exclude)):
+        for rule in rules or ():
+            named = [layer for layer, containers in layers if matches((rule,), layer, containers)]
+            if not named:
+                _raise_unmatched(name, rule, model, [layer.path for layer, _ in layers if adapter_of(layer)])
+            if name == "include" and not any(adapter_of(layer) for layer in named):
+                raise_unsupported(sorted({describe(layer) for layer in named}), f"include={describe(rule)}")
+
+
+def describe(layer: Rule) -> str:
     """Returns how messages name a layer or a rule."""
     if isinstance(layer, str):
         return repr(layer)
     return f"{type(layer).__name__} layer '{layer.path or layer.name}'"
 
 
-def raise_unsupported(kinds, received):
-    """Raises, since none of these layers has a conditioned form."""
+def shorten(names: Sequence[str], num: int = 3) -> str:
+    """Returns the first names of a list, as messages show them."""
+    return ", ".join(names[:num]) + (f", ... ({len(names)} in all)" if len(names) > num else "")
+
+
+def raise_unsupported(layers: list[str], received: str) -> NoReturn:
+    """Raises, because none of these layers can be conditioned."""
     raise ValueError(
-        f"There is no conditioned form of {', '.join(kinds)}. Supported: {', '.join(supported_kinds())}, and subclasses that "
-        "keep their `call`; a layer of your own is made known by `keras_isaac.register_layer`. Leave it out, and it trains "
-        f"with its plain gradient. Received: {received}"
+        "Register the layer by `keras_isaac.register_layer`, or leave it out: then it trains with its plain gradient. There is "
+        f"no conditioned form of {shorten(layers)}. Received: {received}"
     )
 
 
-def _raise_unmatched(name, rule, model, paths):
+def _raise_unmatched(name: str, rule: Rule, model: keras.Model, paths: list[str]) -> NoReturn:
     hint = ""
     if isinstance(rule, str):
         nearest = sorted(paths, key=lambda path: difflib.SequenceMatcher(None, rule, path).ratio(), reverse=True)
-        hint = "A string is a regular expression that must match a whole `layer.path`. "
-        hint += f"The nearest: {', '.join(map(repr, nearest[:3]))}. "
-    raise ValueError(f"`{name}` matches no layer of {describe(model)}. {hint}Received: {name}={describe(rule)}")
+        hint = f"A regular expression must match a whole `layer.path`, such as {', '.join(map(repr, nearest[:2]))}. "
+    raise ValueError(f"{hint}`{name}` matches no layer of {describe(model)}. Received: {name}={describe(rule)}")

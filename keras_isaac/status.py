@@ -2,17 +2,18 @@
 
 import contextlib
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 
-from keras_isaac.captured_layer import is_captured
+from keras_isaac.captured_layer import choice_of, is_captured
 from keras_isaac.curvature.record import SPARSE
 from keras_isaac.keras_hooks import quantization
-from keras_isaac.layers import adapter_of, kernels_of, supported_kinds
+from keras_isaac.layers import adapter_of, kernels_of
 from keras_isaac.layers.calls import is_sparse
 from keras_isaac.layers.dense import DenseAdapter
-from keras_isaac.optimizer import isaacs_in
+from keras_isaac.optimizer_wrapper import has_several, isaacs_in
 from keras_isaac.selection import walk
 
 
@@ -27,15 +28,15 @@ class KernelStatus(NamedTuple):
         trainable: boolean, whether it trains.
         calls: integer, how often its layer is called in a step.
         groups: integer, how many independent kernels it is made of.
-        rows: integer, how many rows meet each of them in a call.
+        rows: integer, how many input rows each of them multiplies in a call.
         num_in: integer, the features of a row.
-        num_out: integer, the features of its product.
+        num_out: integer, the features of the product.
         side: string, the form in which it is conditioned: `"sample"`, by an inverse `[rows, rows]`; `"Woodbury"`, by one of
             `[num_sampled, num_sampled]`; `"feature"`, by one of `[num_in, num_in]`; `"diagonal"`, by a number for each token.
-        num_sampled: integer, how many rows stand for all of a call's.
+        num_sampled: integer, how many rows of a call are used.
         multiplications: integer, those of a plain training step: forward and, if it trains, two backward products.
         added: integer, the multiplications that conditioning adds.
-        note: string, which part of a conditioned kernel is plain all the same, or `None`.
+        note: string, which part of a conditioned kernel stays plain, or `None`.
     """
 
     path: str
@@ -56,10 +57,11 @@ class KernelStatus(NamedTuple):
 
 
 def kernel_status(model: keras.Layer) -> list[KernelStatus]:
-    """Lists the kernels of a built model, and says of each whether it is conditioned or why it is plain.
+    """Lists the kernels of a built model, each with the reason if it is not conditioned.
 
-    Kernels are the variables of two axes and more, with those that a conditioned layer names; biases and scales always have
-    their plain gradient. `summary` shows what the kernels meet in a step, too.
+    Kernels are the variables of two axes and more, and all others that a layer conditions; biases and scales always have
+    their plain gradient. Of a captured model, these are the layers that its `capture_inputs` chooses. `summary` shows the rows
+    of each kernel and the cost, too.
 
     Args:
         model: `keras.Model` or `keras.Layer`, built.
@@ -77,13 +79,14 @@ def kernel_status(model: keras.Layer) -> list[KernelStatus]:
     return list(statuses_of(model).values())
 
 
-def statuses_of(model):
+def statuses_of(model: keras.Layer) -> dict[int, KernelStatus]:
     """Returns the status of every kernel by the variable's id, in the order of the weights."""
     optimizer = getattr(model, "optimizer", None)
-    # A LossScaleOptimizer may stand around a MultiOptimizer. One optimizer alone trains all that is trainable.
-    has_several = hasattr(getattr(optimizer, "inner_optimizer", optimizer), "optimizers")
-    training = [isaac.conditioning_of_step().trains for isaac in isaacs_in(optimizer) if has_several]
-    statuses, readers = {}, {}
+    # One optimizer alone trains all that is trainable.
+    training = [isaac.conditioning_of_step().trains for isaac in isaacs_in(optimizer)] if has_several(optimizer) else []
+    chooses = choice_of(model)
+    statuses: dict[int, KernelStatus] = {}
+    readers: dict[int, keras.Layer] = {}
     for layer, _ in walk(model):
         # The layer around a cell reads the cell's kernels. A layer comes after those that contain it.
         if adapter_of(layer) and layer.built:
@@ -97,18 +100,25 @@ def statuses_of(model):
             if is_own or (id(variable) not in inner and is_kernel):
                 reader = layer if adapter_of(layer) else readers.get(id(variable), layer)
                 adapter = adapter_of(reader)
-                reason = _reason(reader, adapter, variable, is_read, training)
+                reason = _reason(reader, adapter, variable, is_read, chooses, training)
                 note = adapter.notes(reader).get(id(variable)) if reason is None and hasattr(adapter, "notes") else None
                 size = math.prod(variable.shape)
                 status = KernelStatus(variable.path, type(reader).__name__, reason, size, variable.trainable, note=note)
-                # Of the layers that share a kernel, one that is conditioned tells.
+                # Of the layers that share a kernel, report a conditioned one.
                 if reason is None or id(variable) not in statuses:
                     statuses[id(variable)] = status
     order = {id(weight): place for place, weight in enumerate(model.weights)}
     return dict(sorted(statuses.items(), key=lambda item: order.get(item[0], len(order))))
 
 
-def _reason(layer, adapter, variable, is_read, training):
+def _reason(
+    layer: keras.Layer,
+    adapter: Any,
+    variable: keras.Variable,
+    is_read: bool,
+    chooses: Callable[[keras.Layer], bool],
+    training: Sequence[Callable[[keras.Variable], bool]],
+) -> str | None:
     if not variable.trainable:
         return "frozen"
     if adapter is None:
@@ -118,10 +128,10 @@ def _reason(layer, adapter, variable, is_read, training):
     if not is_read and len(kernels_of(layer)) < len(adapter.kernels(layer)):
         return "the layer computes its kernel from it"
     if not is_read:
-        return "does not meet the layer's inputs in a product"
+        return "does not multiply the layer's inputs"
     if reads_sparse_inputs(layer):
         return SPARSE
-    if not is_captured(layer):
+    if not (is_captured(layer) and chooses(layer)):
         return "not captured"
     if training and not any(trains(variable) for trains in training):
         return "trained by another optimizer"
@@ -136,16 +146,3 @@ def reads_sparse_inputs(layer: keras.Layer) -> bool:
     with contextlib.suppress(AttributeError, ValueError):
         return is_sparse(layer.input)
     return False
-
-
-def why_plain(model):
-    """Returns why no kernel of the model can be conditioned, or `None` if one can."""
-    statuses = sorted(kernel_status(model), key=lambda status: not status.trainable)
-    if not statuses or any(status.reason is None for status in statuses):
-        return None
-    reasons = [f"'{status.path}' ({status.reason})" for status in statuses]
-    return (
-        f"All kernels of '{model.name}' are plain: {', '.join(reasons[:5])}{', ...' if len(reasons) > 5 else ''}. "
-        f"`capture_inputs(model)` captures all that it can: {', '.join(supported_kinds())}; a layer of your own is made known "
-        "by `keras_isaac.register_layer`."
-    )

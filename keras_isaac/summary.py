@@ -18,7 +18,8 @@ from keras_isaac.captured_layer import captured_throughout
 from keras_isaac.curvature import plan
 from keras_isaac.curvature.record import KernelCall
 from keras_isaac.layers.calls import is_sparse
-from keras_isaac.optimizer import ISAAC, isaacs_in
+from keras_isaac.optimizer import ISAAC
+from keras_isaac.optimizer_wrapper import isaacs_in
 from keras_isaac.status import KernelStatus, statuses_of
 
 _HEADER = ("Kernel (layer)", "Rows, in, out", "Form", "Added,\nof model")
@@ -122,7 +123,8 @@ def _kernel_calls(model: keras.Model, specs: Any) -> dict[int, list[KernelCall]]
         calls.clear()
         with contextlib.ExitStack() as stack:
             for conditioning in (others, *compiled):
-                stack.enter_context(scope.open_scope(dataclasses.replace(conditioning, record=record, on_use=lambda: None)))
+                recording = dataclasses.replace(conditioning, record=record, on_use=lambda: None, chooses=lambda layer: True)
+                stack.enter_context(scope.open_scope(recording))
             return model(inputs, training=True)
 
     with captured_throughout(model):

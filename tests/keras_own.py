@@ -76,7 +76,7 @@ class Capturing(Outcomes):
         variables = [[variable.value for variable in optimizer.variables]] if keras.backend.backend() == "jax" else []
         with optimizer.conditioning(*variables):
             result = yield
-        if optimizer.participation._has_now:
+        if optimizer.step_check._has_now:
             self.conditioned.append(item.nodeid)
         return result
 

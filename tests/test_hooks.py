@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import pytest
 from harness import BACKEND, to_numpy
-from models import fit, mlp, regression
+from models import assert_close, fit, mlp, regression, weights
 
-from keras_isaac import keras_hooks
+from keras_isaac import ISAAC, keras_hooks
 
 IS_NNX = BACKEND == "jax" and getattr(keras.config, "is_nnx_enabled", bool)()
 
@@ -175,35 +175,78 @@ def test_every_living_model_is_found():
     assert reference not in map(id, keras_hooks.living_models())
 
 
-def test_a_step_is_wrapped_and_given_back():
-    """What somebody else put on the instance comes back."""
+class Owner:
+    """Counts what `keras_hooks` calls."""
 
-    class Owner:
-        steps = compilings = savings = 0
+    def __init__(self):
+        self.steps, self.trainings, self.savings = 0, [], 0
 
-        def step(self, optimizer_values):
-            assert (optimizer_values is None) == (BACKEND != "jax")
-            self.steps += 1
-            return keras.name_scope("step")
+    def step(self, optimizer_values):
+        assert (optimizer_values is None) == (BACKEND != "jax")
+        self.steps += 1
+        return keras.name_scope("step")
 
-        def before_compiling(self):
-            self.compilings += 1
+    def before_training(self, is_new):
+        self.trainings.append(is_new)
 
-        def before_saving(self):
-            self.savings += 1
+    def before_saving(self):
+        self.savings += 1
 
+
+def test_an_owner_wraps_the_step_and_hears_of_training_and_saving():
     model, owner, calls = mlp(), Owner(), []
     replace(model, keras_hooks._STEP, calls)
-    own_step = vars(model)[keras_hooks._STEP]
     keras_hooks.wrap_step(model, owner)
     assert keras_hooks.owner_of(model) is owner
     model.compile(optimizer="sgd", loss="mse")
     fit(model, regression(16))
+    fit(model, regression(16))
     model.get_compile_config()
     assert owner.steps
     assert calls
-    assert (owner.compilings, owner.savings) == (1, 1)
-    keras_hooks.unwrap_step(model)
-    assert vars(model)[keras_hooks._STEP] is own_step
-    assert keras_hooks.owner_of(model) is None
-    assert not {"make_train_function", "get_compile_config"} & set(vars(model))
+    assert owner.trainings == [True, False]
+    assert owner.savings == 1
+    steps = owner.steps
+    keras_hooks.recompile_step(model)
+    fit(model, regression(16))
+    assert owner.steps > steps
+    assert owner.trainings == [True, False, False]
+
+
+def test_a_model_without_a_step_makes_one():
+    model = mlp()
+    model.compile(optimizer="sgd", loss="mse")
+    fit(model, regression(16))
+    model.train_function, made = None, model.train_function
+    model.make_train_function()
+    assert model.train_function not in (None, made)
+
+
+@pytest.mark.parametrize("how", ["fit", "train_on_batch"])
+def test_a_failed_check_leaves_the_weights_in_the_model(how):
+    model = mlp()
+    keras_hooks.wrap_step(model, owner := Owner())
+    model.compile(optimizer="sgd", loss="mse")
+    train(model, how)
+    before = weights(model)
+    owner.before_training = lambda is_new: [][0]
+    with pytest.raises(IndexError):
+        train(model, how)
+    assert_close(weights(model), before, 0)
+
+
+def test_the_models_of_an_optimizer_are_those_that_it_trains():
+    model, other = mlp(), mlp()
+    isaac = ISAAC()
+    model.compile(optimizer=keras.optimizers.LossScaleOptimizer(isaac), loss="mse")
+    other.compile(optimizer=ISAAC(), loss="mse")
+    holder = keras.Sequential([model])
+
+    def found(isaac, variables):
+        # Keras makes a functional model inside a `Sequential`.
+        models = keras_hooks.models_of(isaac, variables)
+        return {name for name, each in {"model": model, "other": other, "holder": holder}.items() if each in models}
+
+    assert found(isaac, [keras.Variable(0.0)]) == {"model"}
+    assert found(ISAAC(), model.trainable_variables) == {"model", "holder"}
+    assert found(ISAAC(), [keras.Variable(0.0)]) == set()

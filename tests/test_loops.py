@@ -1,6 +1,7 @@
 """`optimizer.conditioning()` in training loops of one's own, as `examples/custom_loop.py` writes them."""
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from harness import BACKEND, paper_isaac
 from keras.optimizers.schedules import PiecewiseConstantDecay
 from models import assert_close, assert_differ, fit, mlp, regression, weights
 
-from keras_isaac import capture_inputs
+from keras_isaac import capture_inputs, release_inputs, scope
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import custom_loop
@@ -72,8 +73,6 @@ def test_error_jax_without_the_optimizer_variables():
 
 
 def test_the_scope_is_closed_after_an_exception():
-    from keras_isaac import scope
-
     optimizer = paper_isaac()
     arguments = [[v.value for v in optimizer.variables]] if BACKEND == "jax" else []
 
@@ -88,8 +87,6 @@ def test_the_scope_is_closed_after_an_exception():
 
 
 def test_the_inner_of_two_scopes_goes_first():
-    from keras_isaac import scope
-
     model = mlp()
     outer, inner = paper_isaac(damping=1.0), paper_isaac(damping=2.0)
     outer.build(model.trainable_variables)
@@ -101,6 +98,35 @@ def test_the_inner_of_two_scopes_goes_first():
     with conditioning(outer), conditioning(inner):
         dampings = [float(scope.conditioning_of(layer.kernel).damping) for layer in model.layers]
     assert dampings == [1.0, 2.0]
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX reads the damping from explicit state")
+def test_a_loop_conditions_what_is_captured_alone_and_what_any_model_chooses():
+    layer, inputs = keras.layers.Dense(3), keras.Input((6,))
+    models = [keras.Model(inputs, layer(inputs)) for _ in range(2)]
+    optimizer = paper_isaac(damping=0.1)
+    optimizer.build(layer.trainable_variables)
+
+    def is_conditioned():
+        used = []
+        conditioning = dataclasses.replace(optimizer.conditioning_of_step(), on_use=lambda: used.append(1))
+        with scope.open_scope(conditioning):
+            models[0](np.ones((2, 6), "float32"))
+        return bool(used)
+
+    steps = [
+        (lambda: None, False),
+        (lambda: capture_inputs(models[0]), True),
+        (lambda: capture_inputs(models[1], exclude=layer), True),
+        (lambda: release_inputs(models[0]), False),
+        (lambda: capture_inputs(layer), True),
+        (lambda: release_inputs(models[1]), True),
+        (lambda: release_inputs(layer), False),
+        (lambda: capture_inputs(models[1]), True),
+    ]
+    for change, expected in steps:
+        change()
+        assert is_conditioned() == expected
 
 
 class Loop:
@@ -195,7 +221,7 @@ def test_error_of_a_scan_that_forgets_the_scope():
     loop = Loop(optimizer)
     (trainable, _), _ = jax.lax.scan(loop.body(optimizer.conditioning), loop.state, length=3)
     assert_differ([np.asarray(value) for value in trainable], weights(loop.model))
-    with pytest.raises(ValueError, match="no captured layer took part in this step"):
+    with pytest.raises(ValueError, match="No captured layer took part in this step"):
         jax.lax.scan(loop.body(forgotten), loop.state, length=3)
 
 

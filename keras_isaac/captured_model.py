@@ -1,0 +1,192 @@
+"""What is captured of one model: its rules, the scope around its training steps, and the checks before them."""
+
+import contextlib
+import functools
+import warnings
+import weakref
+from collections.abc import Iterator
+
+import keras
+
+from keras_isaac import backend, keras_hooks, scope
+from keras_isaac.captured_layer import capture, is_captured, is_chosen
+from keras_isaac.layers import adapter_of
+from keras_isaac.optimizer_wrapper import has_several, isaacs_in
+from keras_isaac.selection import Containers, Rule, check_matches, matches, shorten, walk
+from keras_isaac.step_check import not_captured_error, nothing_to_condition, reused_error
+
+
+class CapturedModel:
+    """The `keras_hooks.Owner` of a model's training step, which knows the layers that the model chooses.
+
+    There is one for every model that was captured, and for models that are not captured but compiled with `ISAAC`: it raises
+    before such a model trains.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        # The model holds its owner.
+        self._reference = weakref.ref(model)
+        self.is_captured = False
+        self._include: tuple[Rule, ...] | None = None
+        self._exclude: tuple[Rule, ...] | None = None
+        # By the layer's id: every layer with the layers that contain it, and whether it is chosen, once that is decided.
+        self._layers: dict[int, tuple[keras.Layer, Containers]] = {}
+        self._choices: dict[int, bool] = {}
+        # Layers that are not built yet.
+        self._waiting: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
+        keras_hooks.wrap_step(model, self)
+
+    @property
+    def _model(self) -> keras.Model:
+        return self._reference()
+
+    def select(self, include: tuple[Rule, ...] | None, exclude: tuple[Rule, ...] | None) -> None:
+        """Chooses layers by these rules, and by no earlier ones."""
+        model = self._model
+        if is_built(model):
+            check_matches(model, include, exclude)
+        self.is_captured, self._include, self._exclude = True, include, exclude
+        self._find_layers()
+        keras_hooks.recompile_step(model)
+
+    def release(self) -> None:
+        """Chooses no layer any more."""
+        model = self._model
+        self.is_captured = False
+        self._layers, self._choices = {}, {}
+        for isaac in isaacs_in(getattr(model, "optimizer", None)):
+            isaac.step_check.forget()
+        keras_hooks.recompile_step(model)
+
+    def chooses(self, layer: keras.Layer) -> bool:
+        """Returns whether this model chooses the layer."""
+        choice = self._choices.get(id(layer))
+        return self._decide(layer) if choice is None else choice
+
+    def _decide(self, layer: keras.Layer) -> bool:
+        _, containers = self._layers.get(id(layer), (None, None))
+        if containers is None:
+            return False
+        included = self._include is None or matches(self._include, layer, containers)
+        choice = included and not matches(self._exclude or (), layer, containers)
+        # A layer has its path once it is built.
+        if layer.built:
+            self._choices[id(layer)] = choice
+        return choice
+
+    def _find_layers(self) -> None:
+        """Captures all layers that the model has now."""
+        self._layers, self._choices = {}, {}
+        self._add(self._model)
+
+    def _add(self, root: keras.Layer, containers: Containers = ()) -> None:
+        """Captures all layers in `root`, and those that they create when they are built."""
+        for layer, within in walk(root, containers):
+            self._layers[id(layer)] = layer, within
+            capture(layer, self)
+            if layer.built:
+                self.chooses(layer)
+            elif layer not in self._waiting:
+                self._waiting.add(layer)
+                keras_hooks.after_build(layer, functools.partial(self._after_build, layer, within))
+
+    def _after_build(self, layer: keras.Layer, containers: Containers) -> None:
+        self._waiting.discard(layer)
+        if self.is_captured:
+            self._add(layer, containers)
+            if not self._waiting:
+                check_matches(self._model, self._include, self._exclude)
+
+    @contextlib.contextmanager
+    def step(self, optimizer_values: list | None) -> Iterator[None]:
+        """Opens the scope of every `ISAAC` of the model for one training step."""
+        model = self._model
+        isaacs = isaacs_in(model.optimizer) if self.is_captured else []
+        if isaacs and has_several(model.optimizer) and not model.optimizer.built and is_built(model):
+            # TensorFlow builds it at the end of the first step, but which optimizer trains a kernel is known once it is built.
+            model.optimizer.build(model.trainable_variables)
+        mapping = [] if optimizer_values is None else list(zip(model.optimizer.variables, optimizer_values, strict=True))
+        with contextlib.ExitStack() as stack:
+            for isaac in isaacs:
+                isaac.step_check.begin(model)
+                conditioning = isaac.conditioning_of_step(mapping, model.optimizer, self.chooses)
+                stack.enter_context(scope.open_scope(conditioning))
+            yield
+
+    def before_training(self, is_new: bool) -> None:
+        """Finds the layers that were added since, and raises if `ISAAC` could condition nothing in the step."""
+        model = self._model
+        if self.is_captured and is_new:
+            self._find_layers()
+            if is_built(model):
+                check_matches(model, self._include, self._exclude)
+        isaacs = isaacs_in(model.optimizer)
+        if not isaacs:
+            return
+        if not self.is_captured:
+            # A `train_step` of the model's own may open a scope for layers that were captured otherwise.
+            if not (keras_hooks.has_own_step(model) and any(is_chosen(layer) for layer, _ in walk(model))):
+                raise not_captured_error(model)
+            return
+        if not keras_hooks.has_own_step(model) and not has_several(model.optimizer):
+            self._check_variables(model, isaacs[0].step_check.trained)
+        if is_new and model.trainable_variables and is_built(model):
+            advice = nothing_to_condition(model)
+            if advice is not None:
+                raise ValueError(advice)
+
+    @staticmethod
+    def _check_variables(model: keras.Model, trained: dict[int, keras.Variable] | None) -> None:
+        """Raises if a built optimizer trains another model, and warns of variables that are new since it was built."""
+        variables = model.trainable_variables
+        unknown = [variable for variable in variables if trained is not None and id(variable) not in trained]
+        if unknown and len(unknown) == len(variables):
+            raise reused_error(f"'{model.name}'", variables)
+        if unknown:
+            message = (
+                f"Compile '{model.name}' again, `model.compile(optimizer=ISAAC(...), ...)`, to train what was added or "
+                f"unfrozen since its optimizer was built: {shorten([variable.path for variable in unknown])}."
+            )
+            # Elsewhere Keras trains on without them, or raises.
+            if backend.IS_STATELESS:
+                raise ValueError(message)
+            warnings.warn(f"{message} They would keep their values.", stacklevel=2)
+
+    def before_saving(self) -> None:
+        """Tells the optimizer which layers its file or copy is to capture."""
+        model = self._model
+        layers = [layer for layer, _ in walk(model) if adapter_of(layer)]
+        chosen = [layer for layer in layers if is_captured(layer) and self.chooses(layer)]
+        for isaac in isaacs_in(getattr(model, "optimizer", None)):
+            isaac.captured = None
+            if self.is_captured:
+                isaac.captured = True if layers == chosen else frozenset(_path_in(model, layer) for layer in chosen)
+
+
+def is_built(model: keras.Model) -> bool:
+    """Returns whether all layers of a model are built."""
+    return all(layer.built for layer, _ in walk(model))
+
+
+def captured_model(model: keras.Model) -> CapturedModel:
+    """Returns the `CapturedModel` of a model, created now if there is none."""
+    return keras_hooks.owner_of(model) or CapturedModel(model)
+
+
+def after_optimizer_is_built(isaac: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:
+    """Captures the model of a copied `ISAAC` as the original was, and watches one that is not captured."""
+    # Searching takes long in large processes. Where no weights are at stake, the check in the step is enough.
+    if isaac.captured is None and not backend.IS_STATELESS:
+        return
+    for model in keras_hooks.models_of(isaac, variables):
+        if keras_hooks.owner_of(model) is None:
+            owner, captured = CapturedModel(model), isaac.captured
+            if captured is not None and isaac in isaacs_in(getattr(model, "optimizer", None)):
+                layers = [layer for layer, _ in walk(model) if captured is True or _path_in(model, layer) in captured]
+                if layers:
+                    owner.select(None if captured is True else tuple(layers), None)
+
+
+def _path_in(model: keras.Model, layer: keras.Layer) -> str | None:
+    """Returns the path of a layer without the name of its model, which Keras may have chosen."""
+    return None if layer.path is None else layer.path.removeprefix(f"{model.name}/")
