@@ -145,7 +145,7 @@ def test_float8_trains_its_kernel():
         for each, optimizer in ((layer, None), (capture_inputs(layer), paper_isaac(damping=0.3)))
     )
     assert relative_error(conditioned, oracle.condition(inputs, plain, 0.3)) < 2e-5
-    model = keras.Sequential([keras.Input((8,)), layer])
+    model = capture_inputs(keras.Sequential([keras.Input((8,)), layer]))
     model.compile(optimizer=paper_isaac(0.1, damping=0.3), loss="mse")
     losses = fit(model, (inputs, cotangent), epochs=5).history["loss"]
     assert losses[-1] < losses[0]
