@@ -97,12 +97,13 @@ def main():
         for name, build_optimizer in OPTIMIZERS.items():
             results[name].append(train(build_optimizer, seed))
             print(f"seed {seed}, {name}: test loss {results[name][-1][2]:.4f}", flush=True)
-    print(f"\nMean of {arguments.seeds} seeds, {arguments.epochs} epochs, {keras.backend.backend()}:\n")
+    print(f"\nMean over seeds +- standard error, {arguments.epochs} epochs, {keras.backend.backend()}:\n")
     print(f"{'optimizer':12}  {'test loss':>17}  {'test accuracy':>13}  {'ms a step':>9}")
     for name, runs in results.items():
         _, seconds, losses, accuracies = zip(*runs, strict=True)
-        error = np.std(losses, ddof=1) / len(losses) ** 0.5 if len(losses) > 1 else np.nan
-        loss = f"{np.mean(losses):.4f} +- {error:.4f}"
+        loss = f"{np.mean(losses):.4f}"
+        if len(losses) > 1:
+            loss += f" +- {np.std(losses, ddof=1) / len(losses) ** 0.5:.4f}"
         print(f"{name:12}  {loss:>17}  {np.mean(accuracies):13.4f}  {1000 * statistics.median(seconds):9.2f}")
     save_picture(results, arguments.picture)
 
