@@ -38,7 +38,7 @@ def check_weight_sharing(weight_sharing: Any, max_rows: Any) -> None:
         raise ValueError(f'`weight_sharing` must be "expand" or "reduce". Received: weight_sharing={weight_sharing!r}')
     is_integer = isinstance(max_rows, numbers.Integral) and not isinstance(max_rows, bool)
     if max_rows is not None and not (is_integer and max_rows > 0):
-        raise ValueError(f"`max_rows` must be an integer above 0, or `None` for all rows. Received: max_rows={max_rows!r}")
+        raise ValueError(f"`max_rows` must be an integer above 0, or `None` for a budget. Received: max_rows={max_rows!r}")
 
 
 def check_flags(**flags: Any) -> None:

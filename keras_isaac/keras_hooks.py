@@ -22,10 +22,11 @@ Private attributes of Keras that the package relies on:
   `test_callbacks_see_the_moving_average_inside_other_optimizers`, of `test_optimizer.py`.
 """
 
+import contextlib
 import functools
 import gc
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -211,6 +212,20 @@ def _rematerialized_call(layer, layer_call, *args, **kwargs):
         return layer_call(*args, **kwargs)
 
     return type(layer).rematerialized_call(layer, call, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def with_attributes(layer: keras.Layer, **others: Any) -> Iterator[None]:
+    """Gives this instance other attributes inside the `with` block, without what Keras does when one is set."""
+    own = vars(layer)
+    before = {name: own[name] for name in others if name in own}
+    own.update(others)
+    try:
+        yield
+    finally:
+        for name in others:
+            del own[name]
+        own.update(before)
 
 
 def call_with(layer: keras.Layer, values: Iterable[tuple[keras.Variable, Any]], *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from keras_isaac.captured_layer import choice_of
 from keras_isaac.curvature import plan
 from keras_isaac.curvature.conditioner import in_full_precision, summed_damping
 from keras_isaac.curvature.record import KernelCall
-from keras_isaac.layers.calls import is_sparse
+from keras_isaac.layers.products import is_sparse
 from keras_isaac.optimizer_wrapper import isaacs_in
 from keras_isaac.summary import run_on_shapes
 
@@ -108,14 +108,14 @@ def spectrum(conditioning: scope.Conditioning, call: KernelCall) -> tuple[Any, A
         frequency = call.frequency
         rank = _ratio(ops.square(ops.sum(frequency)), ops.sum(ops.square(frequency)))
         return rank, _ratio(ops.max(frequency), call.damping), ops.zeros((), "float32")
-    (rows,) = in_full_precision(ops.stop_gradient(call.rows))
+    (rows,) = in_full_precision(ops.stop_gradient(call.rows.values))
     form, transposed = plan.choose(call), ops.swapaxes(rows, -2, -1)
     # A sum over rows, not a mean, as in the conditioner.
     gram = matmul(transposed, rows) if form == plan.FEATURE else matmul(rows, transposed)
     total, squares = trace(gram), ops.sum(gram * gram, axis=(-2, -1), keepdims=True)
     damping = ops.cast(conditioning.damping, rows.dtype)
-    counted = None if call.num_counted is None else backend.clip(ops.cast(call.num_counted, rows.dtype), 1)
-    damping = summed_damping(total, damping, rows, counted, conditioning.relative_damping)
+    counts = call.rows.num_sampled, call.rows.num_valid
+    damping = summed_damping(total, damping, rows, *counts, conditioning.relative_damping)
     fallbacks = backend.is_indefinite(gram, total, damping, is_root=form == plan.WOODBURY)
     rank, eigenvalue = _ratio(total * total, squares), _ratio(_largest_eigenvalue(gram), damping)
     return ops.mean(rank), ops.max(eigenvalue), ops.sum(ops.cast(fallbacks, "float32"))

@@ -61,13 +61,14 @@ class ISAAC(OptimizerWrapper):
         output_damping: float > 0, or `None` for ISAAC proper. Conditions the output side of each kernel too, with the
             empirical Fisher matrix: `ζ = ζ* μ (μI + rGᵀG)⁻¹` for μ this damping, λ_g in the paper, and G the gradient
             `[rows, out]` of a loss that is a mean over the r rows, with respect to the layer's product. In units of the squared
-            gradients rG. Tables of embeddings, transposed convolutions, LoRA's factors and layers of `register_layer` have
-            their input side conditioned alone. Defaults to `None`, the limit of a large one.
+            gradients rG. Only `Dense` and `EinsumDense` layers without a mask have it; leave others out by `exclude`.
+            Defaults to `None`, the limit of a large one.
         weight_sharing: how the positions of a sequence or an image, which share one kernel, make rows: `"expand"`, each
             position is a row; `"reduce"`, a sample's mean over its positions is one. Defaults to `"expand"`. The terms are
             of [Eschenhagen et al., 2023](https://arxiv.org/abs/2311.00636).
-        max_rows: integer, in a layer whose kernel is shared over positions, how many rows at most, spread evenly over
-            samples and positions, stand for all of them; `None` for all. Defaults to `1024`.
+        max_rows: integer, the most rows that condition a kernel which positions share: of more positions, sums under random
+            signs are formed. It changes the cost, not the unit of the damping. Defaults to `None`: as many as add at most 5 %
+            to the layer's own multiplications, and at least 64.
         per_replica: boolean, whether each replica of a `keras.distribution` on JAX conditions its gradient on its own rows, as
             replicas do on TensorFlow and PyTorch in any case: no more crosses devices then than in a plain step. It holds for
             dense and einsum layers that see no mask, under `weight_sharing="expand"`; other layers are conditioned on the rows
@@ -99,7 +100,7 @@ class ISAAC(OptimizerWrapper):
         preserve_norm: bool = False,
         output_damping: float | None = None,
         weight_sharing: Literal["expand", "reduce"] = "expand",
-        max_rows: int | None = 1024,
+        max_rows: int | None = None,
         per_replica: bool = False,
         **kwargs: Any,
     ) -> None:

@@ -30,7 +30,8 @@ class Conditioning:
         trains: function of a kernel variable, whether this optimizer updates it.
         on_use: called without arguments whenever a layer conditions a kernel.
         chooses: function of a layer, whether it is conditioned. Defaults to all.
-        record: function that is told of every `KernelCall`, after the kernel variable. `None` in training.
+        record: function that is called with the kernel variable and each `KernelCall`. `None` in training.
+        path: string, the path of the kernel, or `None`.
     """
 
     damping: Any
@@ -44,10 +45,23 @@ class Conditioning:
     on_use: Callable[[], None]
     chooses: Callable[[Any], bool] = lambda layer: True
     record: Callable[[Any, Any], None] | None = None
+    path: str | None = None
 
     def of_kernel(self, kernel):
-        """Returns this for one kernel, of which `record` is told."""
-        return self if self.record is None else dataclasses.replace(self, record=functools.partial(self.record, kernel))
+        """Returns this for one kernel: `record` is called with it, and errors name it."""
+        if self.record is None and self.output_damping is None:
+            return self
+        record = None if self.record is None else functools.partial(self.record, kernel)
+        return dataclasses.replace(self, record=record, path=kernel.path)
+
+    def refuse_outputs(self):
+        """Raises if the output side is to be conditioned where the backward pass has no gradient of one product."""
+        if self.output_damping is not None:
+            raise ValueError(
+                f"Leave the layer of '{self.path}' out by `capture_inputs(model, exclude=...)`, or use `output_damping=None`: "
+                "an `output_damping` conditions only `Dense` and `EinsumDense` layers whose inputs have no mask, under "
+                '`weight_sharing="expand"`.'
+            )
 
     def note(self, call):
         """Tells `record` of a `KernelCall`."""

@@ -17,7 +17,7 @@ from keras_isaac import scope
 from keras_isaac.captured_layer import captured_throughout
 from keras_isaac.curvature import plan
 from keras_isaac.curvature.record import KernelCall
-from keras_isaac.layers.calls import is_sparse
+from keras_isaac.layers.products import is_sparse
 from keras_isaac.optimizer import ISAAC
 from keras_isaac.optimizer_wrapper import isaacs_in
 from keras_isaac.status import KernelStatus, statuses_of
@@ -208,11 +208,11 @@ def _with_arithmetic(status: KernelStatus, calls: list[KernelCall]) -> KernelSta
     if plain and not status.reason:
         status = status._replace(note=f"{len(plain)} of {len(plain) + len(calls)} calls plain: {plain[0].reason}")
     first = calls[0]
-    products = [math.prod(call.shape) * call.num_represented for call in calls if call.frequency is None]
+    products = [math.prod(call.shape) * call.num_total for call in calls if call.frequency is None]
     status = status._replace(
         calls=len(calls),
         groups=math.prod(first.shape[:-2]),
-        rows=first.num_represented,
+        rows=first.num_total,
         num_in=first.num_in,
         num_out=first.num_out,
         multiplications=sum(products) * (3 if status.trainable else 2),

@@ -14,6 +14,7 @@ from models import fit, mlp, regression, sequences, with_random_weights
 from keras_isaac import capture_inputs, measurement
 from keras_isaac.callbacks import CurvatureMonitor
 from keras_isaac.curvature.record import KernelCall
+from keras_isaac.curvature.rows import Rows
 
 # PyTorch executes one step at a time.
 STEPS = 1 if BACKEND == "torch" else 2
@@ -130,7 +131,8 @@ def test_the_largest_eigenvalue_of_a_flat_spectrum(size):
     spectrum = np.linspace(1.0, 0.9, size)
     rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))
     rows = rotation * np.sqrt(size * spectrum)[:, None]
-    call = KernelCall((size, 2), rows=keras.ops.convert_to_tensor(rows.astype("float32")), num_represented=size)
+    rows = Rows(keras.ops.convert_to_tensor(rows.astype("float32")), size, size, size)
+    call = KernelCall((size, 2), rows)
     _, eigenvalue, _ = measurement.spectrum(conditioning(keras.ops.convert_to_tensor(np.float32(0.1))), call)
     assert float(to_numpy(eigenvalue)) == pytest.approx(10, rel=1e-2)
 

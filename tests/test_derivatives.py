@@ -220,10 +220,11 @@ def test_a_mapped_call_is_conditioned_on_its_own_rows(rows, options):
             gradients(layer, inputs, loss, optimizer)
         return
     plain = [x.T.astype("float64") @ y for x, y in zip(inputs, cotangent, strict=True)]
-    expected = sum(oracle.condition(x, each, DAMPING) for x, each in zip(inputs, plain, strict=True))
+    conditioned = [oracle.condition(x, each, DAMPING) for x, each in zip(inputs, plain, strict=True)]
     if "preserve_norm" in options:
-        # That of the kernel's whole gradient.
-        expected *= np.linalg.norm(sum(plain)) / np.linalg.norm(expected)
+        # Each mapped call keeps its own.
+        conditioned = [y * np.linalg.norm(x) / np.linalg.norm(y) for x, y in zip(plain, conditioned, strict=True)]
+    expected = sum(conditioned)
     assert relative_error(gradients(layer, inputs, loss, optimizer)[0], expected) < 5e-5
 
 

@@ -26,7 +26,7 @@ from replicas import (
 )
 
 from keras_isaac import capture_inputs
-from keras_isaac.layers.calls import product
+from keras_isaac.layers.products import product
 
 # JAX: one program over all devices.
 

@@ -143,7 +143,7 @@ def test_what_was_inverted_last_is_not_inverted_again(monkeypatch):
     factored.clear()
     inputs = keras.Input((40, 128))
     model = capture_inputs(keras.Model(inputs, keras.layers.MultiHeadAttention(2, 64)(inputs, inputs)))
-    model.compile(optimizer=paper_isaac(), loss="mse")
+    model.compile(optimizer=paper_isaac(max_rows=1024), loss="mse")
     model.train_on_batch(*np.random.default_rng(0).normal(size=(2, 4, 40, 128)).astype("float32"))
     # One for query, key and value, and one for the output.
     assert len(factored) == 2

@@ -23,9 +23,9 @@ NaN, so is the result, but that of `damped_inverse_root` is zero.
 
 Derivatives:
 
-- `gate(kernel, twin, residuals, condition)`: the kernel; its gradient passes `condition(gradient, *residuals)`, a symmetric
-  linear map. A `twin`, a second tensor of the same value or `None`, gets the gradient as it comes.
-- `product(rows, kernel, twin, residuals, functions)`: `rows @ kernel`; see `ProductFunctions`.
+- `gate(kernel, residuals, condition)`: the kernel; its gradient passes `condition(gradient, *residuals)`, a symmetric linear
+  map.
+- `product(rows, kernel, residuals, functions)`: `rows @ kernel`; see `ProductFunctions`.
 - `with_gradients(function, gradients, *tensors)`: `function(*tensors)`, with `gradients(output_gradients, *tensors)`, a
   tuple, for its gradients. It need not be linear, and has no forward mode.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from keras_isaac.backend.elimination import gauss_jordan
-from keras_isaac.backend.layout import laid_out
+from keras_isaac.backend.layout import with_sharding
 
 IS_STATELESS = True
 TENSORS_TAKE_ATTRIBUTES = False
@@ -86,7 +86,7 @@ def damped_inverse_root(matrix, total, damping, rows):
     """Returns RF with RᵀR = (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
     if not matrix.shape[-1]:
         return rows
-    whitened = _whitened(laid_out(matrix), total, damping, rows)
+    whitened = _whitened(with_sharding(matrix), total, damping, rows)
     whitened = jnp.where(jnp.isfinite(whitened), whitened, rows / jnp.sqrt(damping + total))
     return jnp.nan_to_num(whitened, nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -95,7 +95,7 @@ def is_indefinite(matrix, total, damping, is_root=False):
     """Returns for each matrix `[..., k, k]` whether a bound takes the place of its inverse, as `[...]`."""
     if is_root:
         identity = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-        inverse = _whitened(laid_out(matrix), total, damping, identity)
+        inverse = _whitened(with_sharding(matrix), total, damping, identity)
     else:
         inverse = _unguarded_inverse(matrix, total, damping)
     return ~jnp.all(jnp.isfinite(inverse), axis=(-2, -1))
@@ -103,7 +103,7 @@ def is_indefinite(matrix, total, damping, is_root=False):
 
 def _unguarded_inverse(matrix, total, damping):
     # Every device inverts by itself. Split over devices, an elimination would cross them for every pivot.
-    return laid_out(_inverse(laid_out(matrix), total, damping)) if matrix.shape[-1] else matrix
+    return with_sharding(_inverse(with_sharding(matrix), total, damping)) if matrix.shape[-1] else matrix
 
 
 # Layers whose matrices have one shape share a trace. Without a positive pivot, no entry is finite.
@@ -139,54 +139,48 @@ def _whiten_by_elimination(matrix, rows):
     return matmul(gauss_jordan(matrix, is_root=True), rows)
 
 
-def gate(kernel, twin, residuals, condition):
+def gate(kernel, residuals, condition):
     """Returns `kernel`, whose tangent and gradient pass a symmetric linear map."""
 
     @jax.custom_jvp
-    def identity(kernel, twin, residuals):
+    def identity(kernel, residuals):
         return kernel
 
     @functools.partial(identity.defjvp, symbolic_zeros=True)
     def _derivative(primals, tangents):
         # The primal goes through the gate again: an outer derivative is taken of this function.
-        kernel_tangent, twin_tangent, _ = tangents
-        conditioned = None if _is_zero(kernel_tangent) else condition(kernel_tangent, *primals[2])
-        return identity(*primals), _sum_of(primals[0], conditioned, None if _is_zero(twin_tangent) else twin_tangent)
+        tangent = tangents[0]
+        conditioned = jnp.zeros_like(primals[0]) if _is_zero(tangent) else condition(tangent, *primals[1])
+        return identity(*primals), conditioned.astype(primals[0].dtype)
 
-    return identity(kernel, twin, jax.lax.stop_gradient(tuple(residuals)))
+    return identity(kernel, jax.lax.stop_gradient(tuple(residuals)))
 
 
-def product(rows, kernel, twin, residuals, functions):
+def product(rows, kernel, residuals, functions):
     """Returns `rows @ kernel`, whose tangent is that of the plain product with P in front of the kernel's part."""
 
     @jax.custom_jvp
-    def multiply(rows, kernel, twin, residuals):
+    def multiply(rows, kernel, residuals):
         return rows @ kernel
 
     @functools.partial(multiply.defjvp, symbolic_zeros=True)
     def _derivative(primals, tangents):
-        rows, kernel, twin, residuals = primals
-        rows_tangent, kernel_tangent, twin_tangent, _ = tangents
+        rows, kernel, residuals = primals
+        rows_tangent, kernel_tangent, _ = tangents
         outputs, parts = multiply(*primals), []
         if not _is_zero(rows_tangent):
             # What reaches the kernel through the derivative of the inputs is conditioned too.
-            parts.append(rows_tangent @ functions.gate(kernel, twin, rows, *residuals))
+            parts.append(rows_tangent @ functions.gate(kernel, rows, *residuals))
         if not _is_zero(kernel_tangent):
             parts.append(functions.tangent(rows, kernel_tangent, *residuals))
-        if not _is_zero(twin_tangent):
-            parts.append(rows @ twin_tangent)
-        return outputs, _sum_of(outputs, *parts)
+        parts = [part.astype(outputs.dtype) for part in parts]
+        return outputs, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(outputs)
 
-    return multiply(rows, kernel, twin, jax.lax.stop_gradient(tuple(residuals)))
+    return multiply(rows, kernel, jax.lax.stop_gradient(tuple(residuals)))
 
 
 def _is_zero(tangent):
     return tangent is None or isinstance(tangent, SymbolicZero)
-
-
-def _sum_of(like, *tangents):
-    tangents = [each.astype(like.dtype) for each in tangents if each is not None]
-    return functools.reduce(jnp.add, tangents) if tangents else jnp.zeros_like(like)
 
 
 def with_gradients(function, gradients, *tensors):

@@ -20,7 +20,7 @@ def num_replicas():
 
 @contextlib.contextmanager
 def by_replica(is_by_replica=True):
-    """Says that the first axis of what is laid out in the `with` block is one of replicas."""
+    """Says that the first axis of tensors that `with_sharding` is given in the `with` block is one of replicas."""
     token = _is_by_replica.set(is_by_replica)
     try:
         yield
@@ -28,7 +28,7 @@ def by_replica(is_by_replica=True):
         _is_by_replica.reset(token)
 
 
-def laid_out(tensor):
+def with_sharding(tensor):
     """Keeps `tensor` whole on every device, or where its first axis is one of replicas, each device's own there."""
     distribution = keras.distribution.distribution()
     if distribution is None:

@@ -119,39 +119,35 @@ def _is_mapped():
     return not tf.executing_eagerly() and "loop_body" in tf.get_current_name_scope().split("/")
 
 
-def gate(kernel, twin, residuals, condition):
+def gate(kernel, residuals, condition):
     """Returns `kernel`, whose gradient passes a symmetric linear map."""
-    if _is_mapped() and twin is None:
+    if _is_mapped():
         # The same in operations whose gradients are kept: the map's own is the map.
         conditioned = condition(tf.convert_to_tensor(kernel), *residuals)
         return tf.stop_gradient(kernel - conditioned) + conditioned
 
-    def gradients(output_gradient, kernel, twin):
-        return condition(output_gradient, *residuals), output_gradient
+    def gradients(output_gradient, kernel):
+        return (condition(output_gradient, *residuals),)
 
-    return with_gradients(lambda kernel, twin: tf.identity(kernel), gradients, kernel, twin)
+    return with_gradients(tf.identity, gradients, kernel)
 
 
-def product(rows, kernel, twin, residuals, functions):
+def product(rows, kernel, residuals, functions):
     """Returns `rows @ kernel`, whose kernel's gradient is conditioned."""
     if _is_mapped():
-        return tf.matmul(rows, functions.gate(kernel, twin, rows, *residuals))
+        return tf.matmul(rows, functions.gate(kernel, rows, *residuals))
 
-    def gradients(output_gradient, rows, kernel, twin):
-        transposed = tf.linalg.matrix_transpose(rows)
+    def gradients(output_gradient, rows, kernel):
         # What reaches the kernel through the derivative of the inputs is conditioned too.
-        gated = functions.gate(kernel, twin, rows, *residuals)
-        return (
-            tf.matmul(output_gradient, gated, transpose_b=True),
-            functions.condition(rows, output_gradient, *residuals),
-            None if twin is None else tf.matmul(transposed, output_gradient),
-        )
+        gated = functions.gate(kernel, rows, *residuals)
+        rows_gradient = tf.matmul(output_gradient, gated, transpose_b=True)
+        return rows_gradient, functions.condition(rows, output_gradient, *residuals)
 
-    def multiply(rows, kernel, twin):
+    def multiply(rows, kernel):
         # A `tf.autodiff.ForwardAccumulator` takes the tangent from here, and not from the gradients.
-        return tf.matmul(rows, functions.gate(kernel, twin, rows, *residuals))
+        return tf.matmul(rows, functions.gate(kernel, rows, *residuals))
 
-    return with_gradients(multiply, gradients, rows, kernel, twin)
+    return with_gradients(multiply, gradients, rows, kernel)
 
 
 def with_gradients(function, gradients, *tensors):

@@ -21,8 +21,10 @@ def _with_fast_path(function):
     def apply(*inputs):
         try:
             return FastPath.apply(*inputs)
-        except RuntimeError:
-            # `torch.func` wants the context set up apart. What else went wrong does so again.
+        except RuntimeError as error:
+            # The transforms of `torch.func` refuse a `forward` that sets up its context, before it runs.
+            if "setup_context" not in str(error):
+                raise
             return function.apply(*inputs)
 
     return apply
@@ -31,11 +33,6 @@ def _with_fast_path(function):
 def _save(ctx, *tensors):
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)
-
-
-def _sum_of(*tangents):
-    tangents = [tangent for tangent in tangents if tangent is not None]
-    return functools.reduce(torch.add, tangents) if tangents else None
 
 
 def _mapped(tensor, axis, size):
@@ -49,27 +46,23 @@ def _mapped(tensor, axis, size):
 @_with_fast_path
 class _gate(torch.autograd.Function):  # noqa: N801 (a function to whoever calls it)
     @staticmethod
-    def forward(condition, kernel, twin, *residuals):
+    def forward(condition, kernel, *residuals):
         return kernel.view_as(kernel)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        ctx.condition, _, _, *residuals = inputs
+        ctx.condition, _, *residuals = inputs
         _save(ctx, *residuals)
 
     @staticmethod
     def backward(ctx, output_gradient):
         # Read once: recomputation does not give them a second time.
         residuals = ctx.saved_tensors
-        conditioned = ctx.condition(output_gradient, *residuals) if ctx.needs_input_grad[1] else None
-        twin_gradient = output_gradient if ctx.needs_input_grad[2] else None
-        return None, conditioned, twin_gradient, *(None for _ in residuals)
+        return None, ctx.condition(output_gradient, *residuals), *(None for _ in residuals)
 
     @staticmethod
-    def jvp(ctx, _, kernel_tangent, twin_tangent, *__):
-        if kernel_tangent is not None:
-            kernel_tangent = ctx.condition(kernel_tangent, *ctx.saved_tensors)
-        return _sum_of(kernel_tangent, twin_tangent)
+    def jvp(ctx, _, kernel_tangent, *__):
+        return None if kernel_tangent is None else ctx.condition(kernel_tangent, *ctx.saved_tensors)
 
     @staticmethod
     def vmap(info, axes, condition, *tensors):
@@ -78,9 +71,9 @@ class _gate(torch.autograd.Function):  # noqa: N801 (a function to whoever calls
         return _gate(condition, *tensors), 0
 
 
-def gate(kernel, twin, residuals, condition):
+def gate(kernel, residuals, condition):
     """Returns `kernel`, whose tangent and gradient pass a symmetric linear map."""
-    return _gate(condition, kernel, twin, *residuals)
+    return _gate(condition, kernel, *residuals)
 
 
 @_with_fast_path
@@ -88,7 +81,7 @@ class _product(torch.autograd.Function):  # noqa: N801
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(functions, rows, kernel, twin, *residuals):
+    def forward(functions, rows, kernel, *residuals):
         return rows @ kernel
 
     @staticmethod
@@ -98,35 +91,31 @@ class _product(torch.autograd.Function):  # noqa: N801
 
     @staticmethod
     def backward(ctx, output_gradient):
-        rows, kernel, twin, *residuals = ctx.saved_tensors
-        rows_gradient = kernel_gradient = twin_gradient = None
+        rows, kernel, *residuals = ctx.saved_tensors
+        rows_gradient = kernel_gradient = None
         if ctx.needs_input_grad[1]:
             if torch.is_grad_enabled():
                 # What reaches the kernel through the derivative of the inputs is conditioned too.
-                kernel = ctx.functions.gate(kernel, twin, rows, *residuals)
+                kernel = ctx.functions.gate(kernel, rows, *residuals)
             rows_gradient = output_gradient @ kernel.mT
         if ctx.needs_input_grad[2]:
             kernel_gradient = ctx.functions.condition(rows, output_gradient, *residuals)
-        if ctx.needs_input_grad[3]:
-            twin_gradient = rows.mT @ output_gradient
-        return None, rows_gradient, kernel_gradient, twin_gradient, *(None for _ in residuals)
+        return None, rows_gradient, kernel_gradient, *(None for _ in residuals)
 
     @staticmethod
-    def jvp(ctx, _, rows_tangent, kernel_tangent, twin_tangent, *__):
-        rows, kernel, twin, *residuals = ctx.saved_tensors
+    def jvp(ctx, _, rows_tangent, kernel_tangent, *__):
+        rows, kernel, *residuals = ctx.saved_tensors
         parts = []
         if rows_tangent is not None:
-            parts.append(rows_tangent @ ctx.functions.gate(kernel, twin, rows, *residuals))
+            parts.append(rows_tangent @ ctx.functions.gate(kernel, rows, *residuals))
         if kernel_tangent is not None:
             parts.append(ctx.functions.tangent(rows, kernel_tangent, *residuals).to(rows.dtype))
-        if twin_tangent is not None:
-            parts.append(rows @ twin_tangent)
-        return _sum_of(*parts)
+        return functools.reduce(torch.add, parts) if parts else None
 
 
-def product(rows, kernel, twin, residuals, functions):
+def product(rows, kernel, residuals, functions):
     """Returns `rows @ kernel`, whose kernel's tangent and gradient are conditioned."""
-    return _product(functions, rows, kernel, twin, *residuals)
+    return _product(functions, rows, kernel, *residuals)
 
 
 @_with_fast_path

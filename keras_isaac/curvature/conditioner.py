@@ -36,6 +36,7 @@ from keras_isaac.backend import (
     traced_once,
     transpose,
 )
+from keras_isaac.curvature import plan
 
 
 @traced_once
@@ -72,20 +73,19 @@ def sample_side_tangent(rows, kernel_tangent, damping, is_relative=False):
 
 
 def _sample_gram(rows, damping, is_relative):
-    """Returns XXᵀ, its trace, and the damping beside it.
+    """Returns XXᵀ, its trace, and the damping to add to it, from which P = λ (λI + XXᵀ/r)⁻¹ is formed.
 
-    P = λ (λI + XXᵀ/r)⁻¹ is formed from them. The authors form it as `I - M (λI + M)⁻¹`, which is the same matrix, but loses its
-    digits as λ falls.
+    The authors form P as `I - M (λI + M)⁻¹`, which is the same matrix, but loses its digits as λ falls.
     """
     # The curvature is a constant of the step: no derivative is taken of it.
     rows = stop_gradient(rows)
     gram = matmul(rows, transpose(rows))
     total = trace_of_gram(rows, gram)
-    return gram, total, summed_damping(total, damping, rows, None, is_relative)
+    return gram, total, summed_damping(total, damping, rows, None, None, is_relative)
 
 
 @traced_once
-def condition(gradient, rows, damping, num_rows=None, is_relative=False):
+def condition(gradient, rows, damping, num_sampled=None, num_valid=None, *, form=None, is_relative=False):
     """Returns λ (λI + FᵀF/s)⁻¹ ∇, a finished gradient conditioned on rows: by the Woodbury form, or on the feature side.
 
     Linear and symmetric in the gradient.
@@ -94,8 +94,11 @@ def condition(gradient, rows, damping, num_rows=None, is_relative=False):
         gradient: tensor `[..., in, out]` (∇).
         rows: tensor `[..., rows, in]` (F).
         damping: scalar tensor (λ).
-        num_rows: tensor that broadcasts to `[..., 1, 1]`, how many of the rows count (s), where others are zero. Defaults to
-            `None`: all count.
+        num_sampled: how many rows `rows` are made of (s), a number or a tensor that broadcasts to `[..., 1, 1]`. Defaults to
+            `None`: as many as there are.
+        num_valid: how many rows the layer has, likewise, for the unit of a relative damping. Defaults to `None`:
+            `num_sampled`.
+        form: `"Woodbury"` or `"feature"`, or `None`: chosen by the number of rows, in the graph if tracing leaves it open.
         is_relative: boolean, whether the damping is in units of the mean eigenvalue.
 
     Returns:
@@ -103,44 +106,71 @@ def condition(gradient, rows, damping, num_rows=None, is_relative=False):
     """
     dtype = gradient.dtype
     rows, gradient, damping = in_full_precision(rows, gradient, damping)
-    if num_rows is not None:
-        num_rows = clip(ops.cast(num_rows, rows.dtype), 1)
-    arguments = (gradient, stop_gradient(rows), damping, num_rows, is_relative)
-    result = if_at_most(rows.shape[-1] - 1, rows, lambda: _woodbury(*arguments), lambda: _feature_side(*arguments))
+    arguments = (gradient, stop_gradient(rows), damping, num_sampled, num_valid, is_relative)
+    if form is None:
+        few, many = (functools.partial(function, *arguments) for function in (_woodbury, _feature_side))
+        result = if_at_most(rows.shape[-1] - 1, rows, few, many)
+    else:
+        result = (_woodbury if form == plan.WOODBURY else _feature_side)(*arguments)
     return cast(result, dtype)
 
 
-def _woodbury(gradient, rows, damping, num_rows, is_relative):
+def _woodbury(gradient, rows, damping, num_sampled, num_valid, is_relative):
     """Returns ∇ - (RF)ᵀ RF∇ with RᵀR = (sλI + FFᵀ)⁻¹, for few rows."""
     # Subtracts two nearly equal terms, so it is inaccurate where λ shrinks the gradient below float precision.
     gram = matmul(rows, transpose(rows))
-    # The root keeps the digits that the inverse loses where rows all but depend on each other: the inverse itself would leave
-    # noise as long as the gradient. Where FFᵀ is not finite, the gradient stays as it is; one that is not finite does so too.
+    # The root keeps the digits that the inverse loses where rows nearly depend on each other: the inverse itself would leave
+    # noise as long as the gradient. Where FFᵀ is not finite, the gradient stays as it is.
     total = trace_of_gram(rows, gram)
-    whitened = damped_inverse_root(gram, total, summed_damping(total, damping, rows, num_rows, is_relative), rows)
+    damping = summed_damping(total, damping, rows, num_sampled, num_valid, is_relative)
+    whitened = damped_inverse_root(gram, total, damping, rows)
     return gradient - matmul(transpose(whitened), matmul(whitened, gradient))
 
 
-def _feature_side(gradient, rows, damping, num_rows, is_relative):
+def _feature_side(gradient, rows, damping, num_sampled, num_valid, is_relative):
     """Returns sλ (sλI + FᵀF)⁻¹ ∇, for many rows."""
     gram = matmul(transpose(rows), rows)
     total = trace_of_gram(rows, gram)
-    damping = summed_damping(total, damping, rows, num_rows, is_relative)
+    damping = summed_damping(total, damping, rows, num_sampled, num_valid, is_relative)
     return matmul(damping * damped_inverse(gram, total, damping), gradient)
 
 
-def condition_outputs(gradient, output_gradient, damping, num_rows=None, is_relative=False):
+def condition_product(rows, output_gradient, damping, form, is_relative, dtype):
+    """Returns the conditioned gradient of the kernel in `rows @ kernel`, given that of the product.
+
+    Args:
+        rows: tensor `[..., rows, in]`.
+        output_gradient: tensor `[..., rows, out]`.
+        damping: scalar tensor.
+        form: `"sample"`, or `None`: chosen in the graph between that and the feature side.
+        is_relative: boolean, whether the damping is in units of the mean eigenvalue.
+        dtype: of the result.
+    """
+    rows, output_gradient = in_full_precision(rows, output_gradient)
+    if form == plan.SAMPLE:
+        return cast(sample_side(rows, output_gradient, damping, is_relative), dtype)
+
+    def few():
+        return sample_side(rows, output_gradient, damping, is_relative)
+
+    def many():
+        return condition(transpose(rows) @ output_gradient, rows, damping, form=plan.FEATURE, is_relative=is_relative)
+
+    return cast(if_at_most(rows.shape[-1], rows, few, many), dtype)
+
+
+def condition_outputs(gradient, output_gradient, damping, num_sampled=None, num_valid=None, is_relative=False):
     """Returns ∇ μ (μI + GᵀG/r)⁻¹: as `condition`, on the outputs' axis `[..., in, out]` by rows `[..., rows, out]`."""
-    return transpose(condition(transpose(gradient), output_gradient, damping, num_rows, is_relative))
+    counts = num_sampled, num_valid
+    return transpose(condition(transpose(gradient), output_gradient, damping, *counts, is_relative=is_relative))
 
 
 def with_norm_of(gradient, conditioned):
-    """Returns the conditioned gradient, as long as the gradient."""
+    """Returns the conditioned gradient, scaled to the norm of the gradient."""
     dtype = conditioned.dtype
     gradient, conditioned = in_full_precision(gradient, conditioned)
     square, conditioned_square = ops.sum(gradient * gradient), ops.sum(conditioned * conditioned)
-    # Conditioning only shortens. The gradient stays as conditioned where nothing is left of either, and where a square
-    # overflows.
+    # Conditioning only shortens. The conditioned gradient is not scaled where either vanishes or a square overflows.
     is_short = (conditioned_square > 0) & (conditioned_square < square) & (square < float("inf"))
     return cast(conditioned * ops.sqrt(ops.where(is_short, square / conditioned_square, 1.0)), dtype)
 
@@ -152,15 +182,25 @@ def if_at_most(limit, rows, few, many):
     return ops.cond(ops.shape(rows)[-2] <= limit, few, many)
 
 
-def summed_damping(total, damping, rows, num_rows, is_relative):
-    """Returns the damping that stands beside a Gram matrix of the trace `total`, a sum over rows: λr, or δ tr(M)/rank."""
-    if num_rows is None:
-        num_rows = ops.cast(ops.shape(rows)[-2], rows.dtype) if rows.shape[-2] is None else rows.shape[-2]
+def summed_damping(total, damping, rows, num_sampled, num_valid, is_relative):
+    """Returns the damping to add to a Gram matrix of the trace `total`, a sum over s rows: λs, or δ tr(M)/rank.
+
+    The rank is that of all the layer's rows, so that the unit of δ does not depend on how many of them are sampled.
+    """
+    num_sampled = _count(num_sampled, rows)
     if not is_relative:
-        return damping * num_rows
+        return damping * num_sampled
+    num_valid = num_sampled if num_valid is None else _count(num_valid, rows)
     num_in = rows.shape[-1]
-    rank = min(num_rows, num_in) if isinstance(num_rows, int) else clip(num_rows, 1, num_in)
+    rank = min(num_valid, num_in) if isinstance(num_valid, int) else clip(num_valid, 1, num_in)
     return relative_damping(damping, total, rank)
+
+
+def _count(count, rows):
+    """Returns a number of rows, at least one; `None` means the number of `rows`."""
+    if count is None:
+        count = rows.shape[-2] if rows.shape[-2] is not None else ops.shape(rows)[-2]
+    return max(count, 1) if isinstance(count, int) else clip(ops.cast(count, rows.dtype), 1)
 
 
 def in_full_precision(rows, *others):

@@ -1,48 +1,84 @@
-"""Which form conditions a kernel's call, and what it costs. Everyone who wants to know asks here."""
+"""Which form conditions a kernel, on how many rows, and what it costs. Nothing else decides this."""
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from keras_isaac.curvature.record import KernelCall
 
 SAMPLE, WOODBURY, FEATURE, DIAGONAL = "sample", "Woodbury", "feature", "diagonal"
 
+# The share of a layer's own multiplications that conditioning may add where positions share the kernel, and the number of rows
+# that are always affordable.
+BUDGET = 0.05
+MIN_ROWS = 64
+# Rows read, of which sums are formed. Reading costs little against a product with a kernel.
+NUM_READ = 1024
 
-def choose(call):
-    """Returns the form for a `KernelCall`: the one of the smallest inverse.
+
+def choose(call: "KernelCall") -> str | None:
+    """Returns the form for a `KernelCall`: the one with the smallest inverse.
 
     - `"sample"`: an inverse `[rows, rows]` between the rows and the gradient of their product;
-    - `"Woodbury"`: an inverse `[rows, rows]` of a few rows that stand for many, applied to the finished gradient;
+    - `"Woodbury"`: an inverse `[rows, rows]`, applied to the finished gradient;
     - `"feature"`: an inverse `[in, in]`, applied to the finished gradient;
     - `"diagonal"`: a number for each token of a table.
 
-    `None` where the number of rows is open while tracing: the graph then chooses between the sample side and the others.
+    `None` where tracing leaves the number of rows open: the graph then chooses by the number it finds.
     """
-    if call.frequency is not None:
+    if call.rows is None:
         return DIAGONAL
     if call.num_rows is None:
         return None
-    return _form(call.num_rows, call.num_in, call.has_product and call.num_rows == call.num_represented)
+    return _form(call.num_rows, call.num_in, call.has_product)
 
 
-def _form(num_rows, num_in, is_product):
-    if is_product and num_rows <= num_in:
+def num_kept(num_total: int | None, num_in: int, num_out: int, max_rows: int | None) -> int:
+    """Returns on how many rows, or sums of rows, a kernel is conditioned that positions share.
+
+    As many as conditioning on them adds at most `BUDGET` of the layer's own multiplications, and no fewer than `MIN_ROWS`.
+
+    Args:
+        num_total: integer, the rows of the layer, or `None` where tracing leaves it open.
+        num_in: integer, the features of a row.
+        num_out: integer, the features of a product.
+        max_rows: integer that the user chose instead, or `None`.
+    """
+    if max_rows is not None:
+        return max_rows
+    if num_total is None:
+        return MIN_ROWS
+    allowed = BUDGET * 3 * num_total * num_in * num_out
+    kept = NUM_READ
+    while kept > MIN_ROWS and _cost(_form(kept, num_in, False), kept, num_in, num_out) > allowed:
+        kept //= 2
+    return kept
+
+
+def _form(num_rows: int, num_in: int, has_product: bool) -> str:
+    if has_product and num_rows <= num_in:
         return SAMPLE
     return WOODBURY if num_rows < num_in else FEATURE
 
 
-def added_multiplications(call):
+def added_multiplications(call: "KernelCall") -> int:
     """Returns the multiplications that conditioning adds to a step: Gram matrix, inverse, products with rows and gradients."""
     form, num_in, num_out, groups = choose(call), call.num_in, call.num_out, math.prod(call.shape[:-2])
+    num_rows = call.num_rows
+    if form is None or num_rows is None:
+        raise ValueError(f"The number of rows must be known to count multiplications. Received: call={call}")
     if form == DIAGONAL:
-        # A division for each token of the vocabulary, a product for each that is met.
-        return groups * (num_in + call.num_represented * num_out)
-    added = _cost(form, call.num_rows, num_in, num_out)
+        # A division for each token of the vocabulary, a product for each token that is looked up.
+        return groups * (num_in + num_rows * num_out)
+    added = _cost(form, num_rows, num_in, num_out)
     if call.num_output_rows is not None:
         added += _cost(_form(call.num_output_rows, num_out, False), call.num_output_rows, num_out, num_in)
     return groups * added
 
 
-def _cost(form, rows, num_in, num_out):
+def _cost(form: str, num_rows: int, num_in: int, num_out: int) -> int:
     if form == SAMPLE:
-        return rows**2 * num_in + rows**3 + rows**2 * min(num_in, num_out)
+        return num_rows**2 * num_in + num_rows**3 + num_rows**2 * min(num_in, num_out)
     if form == WOODBURY:
-        return 2 * rows**2 * num_in + rows**3 + 2 * rows * num_in * num_out
-    return rows * num_in**2 + num_in**3 + num_in**2 * num_out
+        return 2 * num_rows**2 * num_in + num_rows**3 + 2 * num_rows * num_in * num_out
+    return num_rows * num_in**2 + num_in**3 + num_in**2 * num_out

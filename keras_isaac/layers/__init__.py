@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import keras
 
 from keras_isaac.curvature.rows import sampled_rows
-from keras_isaac.layers.calls import call_with, conditioned, mask_of
+from keras_isaac.keras_hooks import call_with, mask_of
 from keras_isaac.layers.convolution import ConvAdapter, ConvTransposeAdapter, SeparableConvAdapter
 from keras_isaac.layers.dense import DenseAdapter
 from keras_isaac.layers.einsum import EinsumDenseAdapter
 from keras_isaac.layers.embedding import EmbeddingAdapter, ReversibleEmbeddingAdapter
+from keras_isaac.layers.products import conditioned
 from keras_isaac.layers.recurrent import BidirectionalAdapter, RNNAdapter
 from keras_isaac.layers.registered import RegisteredAdapter
 from keras_isaac.layers.time_distributed import TimeDistributedAdapter

@@ -1,24 +1,17 @@
 """How convolutions read as rows times a kernel."""
 
-import math
-
 import keras
 from keras import ops
 
-from keras_isaac.curvature.rows import Rows, patches, positions, sampled_rows
-from keras_isaac.layers.calls import (
-    Outputs,
-    bias_and_activation,
-    call_with,
-    conditioned,
-    conditioned_factors,
-    has_lora,
-    main_kernels,
-)
+from keras_isaac.curvature.rows import Rows, sampled_rows
+from keras_isaac.keras_hooks import call_with
+from keras_isaac.layers.lora import conditioned_factors, has_lora, main_kernels
+from keras_isaac.layers.patches import patches
+from keras_isaac.layers.products import bias_and_activation, conditioned
 
 
 class ConvAdapter:
-    """`Conv1D/2D/3D` (and `DepthwiseConv`): a row is the patch that the kernel meets; feature groups are groups."""
+    """`Conv1D/2D/3D` (and `DepthwiseConv`): a row is a patch of the inputs; feature groups are groups."""
 
     @staticmethod
     def kernels(layer):
@@ -31,16 +24,13 @@ class ConvAdapter:
         if has_lora(layer):
             return _call_with_factors(layer, conditioning_of, inputs)
         depthwise = isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D))
-        value, conditioning = ops.convert_to_tensor(layer.kernel), conditioning_of(layer.kernel)
-        value, carrier = _conditioned_convolution(layer, value, conditioning, inputs, depthwise)
-        if carrier is None:
-            return call_with(layer, [(layer.kernel, value)], inputs)
-        # The carrier is added before the activation.
-        return bias_and_activation(layer, _convolve(layer, inputs, value, depthwise) + carrier, layer.data_format)
+        value = ops.convert_to_tensor(layer.kernel)
+        value = _conditioned_convolution(layer, value, conditioning_of(layer.kernel), inputs, depthwise)
+        return call_with(layer, [(layer.kernel, value)], inputs)
 
 
 class SeparableConvAdapter:
-    """`SeparableConv1D/2D`: a depthwise convolution, and a product of what comes out of it at each position."""
+    """`SeparableConv1D/2D`: a depthwise convolution, and a product with what it returns at each position."""
 
     @staticmethod
     def kernels(layer):
@@ -51,27 +41,23 @@ class SeparableConvAdapter:
     def call(layer, conditioning_of, inputs):
         """The layer's own `call` in its two steps."""
         depthwise, pointwise = (ops.convert_to_tensor(kernel) for kernel in SeparableConvAdapter.kernels(layer))
-        carrier, conditioning = None, conditioning_of(layer.depthwise_kernel)
+        conditioning = conditioning_of(layer.depthwise_kernel)
         if conditioning is not None:
-            depthwise, carrier = _conditioned_convolution(layer, depthwise, conditioning, inputs, depthwise=True)
+            depthwise = _conditioned_convolution(layer, depthwise, conditioning, inputs, depthwise=True)
         options = {"padding": layer.padding, "data_format": layer.data_format, "dilation_rate": layer.dilation_rate}
         strides = layer.strides if layer.data_format == "channels_last" else layer.strides[-layer.rank :]
         inputs = ops.depthwise_conv(inputs, depthwise, strides=strides, **options)
-        inputs = inputs if carrier is None else inputs + carrier
-        carrier, conditioning = None, conditioning_of(layer.pointwise_kernel)
+        conditioning = conditioning_of(layer.pointwise_kernel)
         if conditioning is not None:
-            output_shape = list(ops.shape(inputs))
-            output_shape[_channel_axis(layer)] = pointwise.shape[-1]
-            outputs = Outputs(tuple(output_shape), lambda outputs: _channels_last(layer, outputs))
-            rows = sampled_rows(_channels_last(layer, inputs), conditioning)
-            matrix, carrier = conditioned(ops.reshape(pointwise, pointwise.shape[-2:]), conditioning, rows, outputs)
+            rows = sampled_rows(channels_last(layer, inputs), conditioning)
+            matrix = conditioned(ops.reshape(pointwise, pointwise.shape[-2:]), conditioning, rows)
             pointwise = ops.reshape(matrix, pointwise.shape)
         outputs = ops.conv(inputs, pointwise, strides=1, padding="valid", data_format=layer.data_format)
-        return bias_and_activation(layer, outputs if carrier is None else outputs + carrier, layer.data_format)
+        return bias_and_activation(layer, outputs, layer.data_format)
 
 
 class ConvTransposeAdapter:
-    """`Conv1D/2D/3DTranspose`: every pixel is a row, whose product is a patch of the output (which is not conditioned)."""
+    """`Conv1D/2D/3DTranspose`: every pixel of the inputs is a row."""
 
     @staticmethod
     def kernels(layer):
@@ -83,7 +69,7 @@ class ConvTransposeAdapter:
         """The layer's own `call`, its kernel conditioned on pixels."""
         value = ops.convert_to_tensor(layer.kernel)
         conditioning = conditioning_of(layer.kernel)
-        rows = sampled_rows(_channels_last(layer, inputs), conditioning)
+        rows = sampled_rows(channels_last(layer, inputs), conditioning)
         # [*kernel_size, out, in] -> [in, kernel positions * out]
         matrix = ops.transpose(ops.reshape(value, (-1, value.shape[-1])))
         matrix = conditioned(matrix, conditioning, rows)
@@ -94,13 +80,17 @@ def _call_with_factors(layer, conditioning_of, inputs):
     """Returns the layer's own `call`, with LoRA's factors `[*kernel_size, in of a group, rank]`, `[rank, out]` conditioned."""
     kernels = ConvAdapter.kernels(layer)
     (conditioning, *_) = filter(None, map(conditioning_of, kernels))
-    rows = _patches_of_groups(layer, _channels_last(layer, inputs), conditioning, layer.groups)
+    rows = _patches_of_groups(layer, channels_last(layer, inputs), conditioning, layer.groups)
     a, b = (ops.convert_to_tensor(kernel) for kernel in kernels)
     first, second = ops.reshape(a, (-1, a.shape[-1])), b
     if layer.groups > 1:
-        # One first factor meets the patches of all groups. What comes of each group meets its own columns of the second.
-        num_represented = None if rows.num_represented is None else rows.num_represented * layer.groups
-        rows = Rows(ops.reshape(rows.values, (-1, rows.values.shape[-1])), None, num_represented)
+        # One first factor multiplies the patches of all groups. Each group's product multiplies its own columns of the second.
+        counts = {
+            name: None if number is None else number * layer.groups
+            for name, number in rows._asdict().items()
+            if name.startswith("num_")
+        }
+        rows = rows._replace(values=ops.reshape(rows.values, (-1, rows.values.shape[-1])), **counts)
         second = matrix_of(b, b.shape[0], layer.groups)
     first, second = conditioned_factors(kernels, (first, second), conditioning_of, rows)
     second = kernel_of(second, b.shape, layer.groups)
@@ -114,7 +104,7 @@ def _patches_of_groups(layer, inputs, conditioning, groups):
     return rows_of_groups(rows, rows.values.shape[1], inputs.shape[-1] // groups, groups)
 
 
-def rows_of_groups(rows, size, num_in, groups):
+def rows_of_groups(rows: Rows, size: int, num_in: int, groups: int) -> Rows:
     """Returns patches of `size` positions as `Rows` `[rows, positions * in]`, or `[groups, ...]` of many groups."""
     if groups == 1:
         return rows._replace(values=ops.reshape(rows.values, (-1, size * num_in)))
@@ -136,50 +126,18 @@ def kernel_of(matrix, shape, groups):
 
 
 def _conditioned_convolution(layer, kernel, conditioning, inputs, depthwise):
-    """Returns the kernel, its gradient conditioned on patches and on outputs, and a carrier for those.
+    """Returns the kernel, its gradient conditioned on patches.
 
     The kernel is `[*kernel_size, in of a group, out of all groups]`; if depthwise, `[*kernel_size, channels, multiplier]`,
     where every channel is a group.
     """
-    inputs = _channels_last(layer, inputs)
+    inputs = channels_last(layer, inputs)
     groups = inputs.shape[-1] if depthwise else layer.groups
-    num_groups = int(groups > 1)
     rows = _patches_of_groups(layer, inputs, conditioning, groups)
     matrix = matrix_of(kernel, rows.values.shape[-1], groups)
-
-    def rows_of(outputs):
-        outputs = _channels_last(layer, outputs)
-        if not num_groups:
-            return outputs
-        # [samples, *positions, groups * out] -> [groups, samples, *positions, out]
-        outputs = ops.reshape(outputs, (*ops.shape(outputs)[:-1], groups, outputs.shape[-1] // groups))
-        return ops.moveaxis(outputs, -2, 0)
-
-    num_samples, *lengths, _ = ops.shape(inputs)
-    _, lengths = positions(lengths, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding)
-    num_outputs = math.prod(kernel.shape[-2:]) if depthwise else kernel.shape[-1]
-    output_shape = [num_samples, *lengths]
-    output_shape.insert(1 if layer.data_format == "channels_first" else len(output_shape), num_outputs)
-    outputs = Outputs(tuple(output_shape), rows_of, num_groups=num_groups)
-    matrix, carrier = conditioned(matrix, conditioning, rows, outputs)
-    return kernel_of(matrix, kernel.shape, groups), carrier
+    return kernel_of(conditioned(matrix, conditioning, rows), kernel.shape, groups)
 
 
-def _convolve(layer, inputs, kernel, depthwise):
-    """Returns what the layer adds its bias to."""
-    padding = layer.padding
-    if padding == "causal":
-        padding, before = "valid", (layer.kernel_size[0] - 1) * layer.dilation_rate[0]
-        axis = 1 if layer.data_format == "channels_last" else 2
-        inputs = ops.pad(inputs, [(before, 0) if each == axis else (0, 0) for each in range(3)])
-    convolve = ops.depthwise_conv if depthwise else ops.conv
-    options = {"dilation_rate": layer.dilation_rate, "data_format": layer.data_format}
-    return convolve(inputs, kernel, strides=layer.strides, padding=padding, **options)
-
-
-def _channels_last(layer, inputs):
-    return inputs if layer.data_format == "channels_last" else ops.moveaxis(inputs, 1, -1)
-
-
-def _channel_axis(layer):
-    return -1 if layer.data_format == "channels_last" else 1
+def channels_last(layer, images, axis=1):
+    """Returns images with their channels, which are at `axis` where they come first, as the last axis."""
+    return images if layer.data_format == "channels_last" else ops.moveaxis(images, axis, -1)

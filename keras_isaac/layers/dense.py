@@ -3,20 +3,9 @@
 from keras import ops
 
 from keras_isaac.curvature.rows import sampled_rows
-from keras_isaac.layers.calls import (
-    bias_and_activation,
-    call_with,
-    conditioned,
-    conditioned_factors,
-    has_lora,
-    is_sparse,
-    main_kernels,
-    mask_of,
-    note_sparse,
-    own_call,
-    product,
-    quantization,
-)
+from keras_isaac.keras_hooks import call_with, mask_of, own_call, quantization
+from keras_isaac.layers.lora import conditioned_factors, has_lora, main_kernels
+from keras_isaac.layers.products import bias_and_activation, conditioned, is_sparse, note_sparse, product
 
 
 class DenseAdapter:

@@ -10,18 +10,9 @@ import math
 from keras import ops
 
 from keras_isaac.curvature.rows import sampled_rows
-from keras_isaac.layers.calls import (
-    as_dense,
-    bias_and_activation,
-    call_with,
-    conditioned,
-    conditioned_factors,
-    has_lora,
-    main_kernels,
-    mask_of,
-    product,
-    quantization,
-)
+from keras_isaac.keras_hooks import call_with, mask_of, quantization
+from keras_isaac.layers.lora import conditioned_factors, has_lora, main_kernels
+from keras_isaac.layers.products import as_dense, bias_and_activation, conditioned, product
 
 
 class EinsumDenseAdapter:

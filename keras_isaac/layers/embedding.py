@@ -1,30 +1,25 @@
 """How embeddings read as rows times a kernel."""
 
+import math
+from typing import Any
+
 import keras
 from keras import ops
 
 from keras_isaac import backend
+from keras_isaac.curvature import operations
+from keras_isaac.curvature.record import KernelCall
 from keras_isaac.curvature.rows import sampled_rows
-from keras_isaac.layers.calls import (
-    as_dense,
-    call_with,
-    conditioned,
-    conditioned_factors,
-    conditioned_lookups,
-    conditioned_table,
-    has_lora,
-    mask_of,
-    own_call,
-    product,
-    quantization,
-)
+from keras_isaac.keras_hooks import call_with, mask_of, own_call, quantization
+from keras_isaac.layers.lora import conditioned_factors, has_lora
+from keras_isaac.layers.products import as_dense, conditioned, product
 
 
 class EmbeddingAdapter:
     """`Embedding`: rows are one-hot, so that XᵀX holds the counts of the tokens, and conditioning divides by them.
 
-    λ (λ + count/r)⁻¹ for each token's row of the table: exact, whatever `weight_sharing` and `max_rows` say. The norm of the
-    table's gradient is known once all tokens are summed, so that one which preserves it is dense.
+    Multiplies each token's row of the gradient by λ (λ + count/r)⁻¹: exact, whatever `weight_sharing` and `max_rows` say. The
+    norm of the table's gradient is known once all tokens are summed, so with `preserve_norm` the gradient is dense.
     """
 
     @staticmethod
@@ -49,7 +44,8 @@ class EmbeddingAdapter:
         # A row's gradient is the sum of its tokens' gradients. Scaling those keeps TensorFlow's gradient sparse.
         tokens = ops.cast(as_dense(inputs), "int32")
         outputs = keras.layers.Embedding.call(layer, inputs)
-        return conditioned_lookups(outputs, tokens, kernel.shape, conditioning, *_token_frequency(layer, conditioning, tokens))
+        scale = _token_scale(layer, tokens, conditioning, kernel.shape)
+        return operations.scaled_gradient(outputs, ops.take(scale, tokens, axis=0)[..., None])
 
 
 class ReversibleEmbeddingAdapter:
@@ -89,26 +85,26 @@ class ReversibleEmbeddingAdapter:
         return logits
 
 
-def _token_frequency(layer, conditioning, tokens):
-    """Returns how often each row of the table is met, `[input_dim]`, as a share, and the damping that stands beside it.
-
-    Padding does not count if the layer masks it.
-    """
+def _token_scale(layer: Any, tokens: Any, conditioning: Any, shape: tuple) -> Any:
+    """Returns λ (λ + count/r)⁻¹ for every row of the table, `[input_dim]`. Padding is not valid if the layer masks it."""
+    conditioning.refuse_outputs()
     # Keras looks up what a sparse tensor leaves out as token 0.
+    num_tokens = None if None in tokens.shape else math.prod(tokens.shape)
     tokens = ops.reshape(tokens, (-1,))
     dtype = "float64" if layer.variable_dtype == "float64" else "float32"
-    counted = ops.ones_like(tokens, dtype=dtype)
+    valid = ops.ones_like(tokens, dtype=dtype)
     if layer.mask_zero:
-        counted = ops.cast(tokens != 0, dtype)
+        valid = ops.cast(tokens != 0, dtype)
     # Keras looks up negative tokens from the end of the table.
     tokens = ops.where(tokens < 0, tokens + layer.input_dim, tokens)
-    num_counted = backend.clip(ops.sum(counted), 1.0)
-    frequency = backend.segment_sum(counted, tokens, layer.input_dim) / num_counted
+    num_valid = backend.clip(ops.sum(valid), 1.0)
+    frequency = backend.segment_sum(valid, tokens, layer.input_dim) / num_valid
     damping = ops.cast(conditioning.damping, dtype)
     if conditioning.relative_damping:
         # The trace of a covariance of one-hot rows is 1.
-        damping = damping / backend.clip(num_counted, 1.0, float(layer.input_dim))
-    return frequency, damping
+        damping = damping / backend.clip(num_valid, 1.0, float(layer.input_dim))
+    conditioning.note(KernelCall(tuple(shape), num_tokens=num_tokens, frequency=frequency, damping=damping))
+    return damping / (damping + frequency)
 
 
 def _conditioned_values(layer, conditioning_of, inputs):
@@ -123,8 +119,9 @@ def _conditioned_values(layer, conditioning_of, inputs):
         rows = sampled_rows(ops.take(ops.stop_gradient(table), tokens, axis=0), others[0], mask)
         values.append((kernels[1], conditioned(ops.convert_to_tensor(kernels[1]), others[0], rows)))
     if conditioning is not None:
-        frequency, damping = _token_frequency(layer, conditioning, tokens)
-        values.append((kernels[0], conditioned_table(table, tokens, conditioning, frequency, damping)))
+        scale = _token_scale(layer, tokens, conditioning, table.shape)[:, None]
+        condition = operations.scaled_gradient_of_norm if conditioning.preserve_norm else operations.scaled_gradient
+        values.append((kernels[0], condition(table, scale)))
     return values
 
 

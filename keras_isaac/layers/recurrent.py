@@ -1,9 +1,9 @@
 """How recurrent layers read as rows times a kernel.
 
-A cell's kernel meets the inputs of every step, and its recurrent kernel meets the state before every step. Each step adds to
-the gradient of both, and the sum is conditioned, once. The states are known only after the call. So a kernel that meets them
-comes with a *carrier*, a tensor of zeros. In the backward pass, the results of the call send the states to the carrier, as its
-gradient, which reaches the conditioner together with that of the kernel.
+A cell's kernel multiplies the inputs of every time step, and its recurrent kernel multiplies the state before every step.
+Each step adds to the gradient of both, and the sum is conditioned, once. The states are known only after the layer's call. So
+a recurrent kernel comes with a *gradient probe*, a tensor of zeros. In the backward pass, the results of the call route the
+states to the probe, as its gradient, which reaches the conditioner together with that of the kernel.
 """
 
 import contextlib
@@ -12,11 +12,14 @@ import functools
 import keras
 from keras import ops
 
-from keras_isaac.curvature import operations
+from keras_isaac import backend
+from keras_isaac.curvature import conditioner, plan
 from keras_isaac.curvature.record import KernelCall
-from keras_isaac.curvature.rows import sampled_rows
-from keras_isaac.layers.calls import call_with, conditioned
-from keras_isaac.layers.steps import attributes, channels_last, patch_rows
+from keras_isaac.curvature.rows import condensed, sampled_rows
+from keras_isaac.keras_hooks import call_with, with_attributes
+from keras_isaac.layers.convolution import channels_last
+from keras_isaac.layers.patches import patch_rows
+from keras_isaac.layers.products import conditioned
 
 _CELLS = {cell.call for cell in (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)}
 
@@ -43,7 +46,7 @@ class RNNAdapter:
         values, inner_loop = read(layer, conditioning_of, sequences, step_mask, training)
         # What a stateful layer keeps is not among its variables.
         values += [(state, state.value) for state in keras.tree.flatten(layer.states or [])]
-        with attributes(layer, inner_loop=inner_loop):
+        with with_attributes(layer, inner_loop=inner_loop):
             return call_with(layer, values, sequences, initial_state=initial_state, mask=mask, training=training)
 
 
@@ -60,7 +63,7 @@ class BidirectionalAdapter:
     def call(layer, conditioning_of, *args, **kwargs):
         """The layer's own `call`."""
         # On a GPU, Keras may pass both layers over and run their kernels in one operation, but not where they are stateful.
-        with attributes(layer, stateful=True):
+        with with_attributes(layer, stateful=True):
             return type(layer).call(layer, *args, **kwargs)
 
 
@@ -82,37 +85,65 @@ def _columns_that_meet_states(cell):
 
 
 class _LateKernel:
-    """A kernel, conditioned on rows that its layer's call finds.
+    """A kernel, conditioned on rows that are known only after the layer's call.
 
     Args:
         kernel: variable `[..., out]`.
         conditioning: the `Conditioning` in force.
-        shape: tuple, the shape of what the call finds, `[samples, steps, ...]`.
-        rows_of: function of what the call finds, which returns `Rows`.
-        columns: integer, how many columns of the kernel meet the rows. Defaults to `None`: all.
+        shape: tuple, the shape of the features that the call finds, `[samples, steps, ...]`.
+        rows_of: function of those features, which returns `Rows`.
+        columns: integer, how many columns of the kernel multiply the rows. Defaults to `None`: all.
     """
 
     def __init__(self, kernel, conditioning, shape, rows_of, columns=None):
+        conditioning.refuse_outputs()
         value = ops.convert_to_tensor(kernel)
         matrix = ops.reshape(value, (-1, value.shape[-1]))
-        met, twin = matrix[:, :columns], None
-        self._shape, self._conditioning, self._rows_of = tuple(met.shape), conditioning, rows_of
-        if conditioning.preserve_norm:
-            met, twin = operations.twinned(met)
-        # A place more, where `send` counts.
-        carrier = ops.zeros((*shape[:-1], shape[-1] + 1), value.dtype)
-        met, self._carrier = operations.kernel_conditioned_later(
-            met, twin, carrier, conditioning.damping, rows_of, is_relative=conditioning.relative_damping
+        read, self._conditioning, self._rows_of = matrix[:, :columns], conditioning, rows_of
+        self._shape = tuple(read.shape)
+        # One feature more, which counts how often the features were routed.
+        probe = ops.zeros((*shape[:-1], shape[-1] + 1), value.dtype)
+        read, self._probe = backend.with_gradients(
+            lambda kernel, probe, damping: (kernel * 1, probe * 1), self._gradients, read, probe, conditioning.damping
         )
-        matrix = met if columns is None else ops.concatenate([met, matrix[:, columns:]], axis=1)
+        matrix = read if columns is None else ops.concatenate([read, matrix[:, columns:]], axis=1)
         self.value = ops.reshape(matrix, value.shape)
 
-    def find(self, results, found):
-        """Returns the results of the call, which bring `found` to the conditioner in the backward pass."""
+    def find(self, results, features):
+        """Returns the results of the call, which bring the features to the conditioner in the backward pass."""
         if self._conditioning.record is not None:
-            rows = self._rows_of(found)
-            self._conditioning.note(KernelCall(self._shape, rows.values, rows.num_counted, rows.num_represented))
-        return operations.send(results, self._carrier, found)
+            self._conditioning.note(self._call(features))
+        return _route_gradient(results, self._probe, features)
+
+    def _call(self, features):
+        return KernelCall(self._shape, condensed(self._rows_of(features), self._shape, self._conditioning))
+
+    def _gradients(self, output_gradients, kernel, probe, damping):
+        gradient, routed = output_gradients
+        # A loss that holds derivatives routes the features several times. The last feature counts them.
+        call = self._call(routed[..., :-1] / backend.clip(routed[..., -1:], 1))
+        counts, is_relative = (call.rows.num_sampled, call.rows.num_valid), self._conditioning.relative_damping
+        form = plan.choose(call)
+        conditioned = conditioner.condition(gradient, call.rows.values, damping, *counts, form=form, is_relative=is_relative)
+        if self._conditioning.preserve_norm:
+            conditioned = conditioner.with_norm_of(gradient, conditioned)
+        return conditioned, None, None
+
+
+def _route_gradient(results, probe, features):
+    """Returns a nest of several tensors; whenever a gradient passes them, the features are added to the probe's gradient."""
+    features = backend.stop_gradient(ops.cast(features, probe.dtype))
+    message = ops.concatenate([features, ops.ones_like(features[..., :1])], axis=-1)
+    return keras.tree.pack_sequence_as(results, list(_routing(keras.tree.flatten(results), probe, message)))
+
+
+def _routing(tensors, probe, message):
+    def gradients(output_gradients, *inputs):
+        *_, probe, message = inputs
+        # The loss may hold only derivatives of the results, which therefore route the features too.
+        return *_routing(output_gradients, probe, message), message, None
+
+    return backend.with_gradients(lambda *inputs: inputs[:-2], gradients, *tensors, probe, message)
 
 
 def _read_cell(layer, conditioning_of, sequences, mask, training):
@@ -144,7 +175,7 @@ def _read_cell(layer, conditioning_of, sequences, mask, training):
     values.append((cell.recurrent_kernel, late.value))
 
     def inner_loop(sequences, initial_state, mask, training=False):
-        with attributes(layer, return_sequences=True):
+        with with_attributes(layer, return_sequences=True):
             results = type(layer).inner_loop(layer, sequences, initial_state, mask, training=training)
         first, outputs = keras.tree.flatten(initial_state)[0], results[1]
         states = ops.concatenate([first[:, None], ops.cast(outputs, first.dtype)[:, :-1]], axis=1)
@@ -192,10 +223,10 @@ def _read_stack(layer, conditioning_of, sequences, mask, training):
         first = keras.tree.flatten(initial_state[-1])[0]
         first = ops.pad(first, [(0, 0), (0, width)])
         with contextlib.ExitStack() as instances:
-            instances.enter_context(attributes(stack, call=call_stack))
+            instances.enter_context(with_attributes(stack, call=call_stack))
             for cell in cells:
-                instances.enter_context(attributes(cell, call=functools.partial(call_cell, cell)))
-            instances.enter_context(attributes(layer, return_sequences=True))
+                instances.enter_context(with_attributes(cell, call=functools.partial(call_cell, cell)))
+            instances.enter_context(with_attributes(layer, return_sequences=True))
             last_output, outputs, states = type(layer).inner_loop(
                 layer, sequences, [first, *initial_state], mask, training=training
             )
@@ -217,12 +248,12 @@ def _reading(layer, sequences):
 
     def input_rows(inputs, conditioning, mask):
         places = (cell.kernel_size, cell.strides, cell.dilation_rate, cell.padding)
-        return patch_rows(channels_last(cell, inputs), conditioning, mask, *places)
+        return patch_rows(channels_last(cell, inputs, axis=2), conditioning, mask, *places)
 
     def state_rows(states, conditioning, mask):
         # The convolution of the states has neither strides nor dilation.
         ones = (1,) * cell.rank
-        return patch_rows(channels_last(cell, states), conditioning, mask, cell.kernel_size, ones, ones, "same")
+        return patch_rows(channels_last(cell, states, axis=2), conditioning, mask, cell.kernel_size, ones, ones, "same")
 
     return input_rows, state_rows, cell.compute_output_shape((None, *sequences.shape[2:]))[0][1:]
 

@@ -6,7 +6,8 @@ import math
 from keras import ops
 
 from keras_isaac.curvature.rows import sampled_rows
-from keras_isaac.layers.calls import call_with, conditioned, is_sparse, mask_of, note_sparse
+from keras_isaac.keras_hooks import call_with, mask_of
+from keras_isaac.layers.products import conditioned, is_sparse, note_sparse
 
 
 class RegisteredAdapter:

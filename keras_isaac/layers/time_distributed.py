@@ -7,9 +7,11 @@ import keras
 from keras import ops
 
 from keras_isaac.curvature.rows import sampled_rows
-from keras_isaac.layers.calls import call_with, conditioned, conditioned_factors, has_lora, main_kernels, own_call
-from keras_isaac.layers.convolution import kernel_of, matrix_of, rows_of_groups
-from keras_isaac.layers.steps import attributes, channels_last, patch_rows
+from keras_isaac.keras_hooks import call_with, own_call, with_attributes
+from keras_isaac.layers.convolution import channels_last, kernel_of, matrix_of, rows_of_groups
+from keras_isaac.layers.lora import conditioned_factors, has_lora, main_kernels
+from keras_isaac.layers.patches import patch_rows
+from keras_isaac.layers.products import conditioned
 
 _CONVOLUTIONS = {layer.call for layer in (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)}
 
@@ -38,11 +40,11 @@ class TimeDistributedAdapter:
             else:
                 values = [conditioned(values[0], conditioning, rows)]
         else:
-            images = channels_last(wrapped, inputs)
+            images = channels_last(wrapped, inputs, axis=2)
             values = [_conditioned_convolution(wrapped, values[0], conditioning, images, mask)]
         # The wrapped layer may be captured itself, and would condition its kernels again at every step.
         own = types.MethodType(own_call(wrapped), wrapped)
-        with attributes(wrapped, call=own, quantized_call=own):
+        with with_attributes(wrapped, call=own, quantized_call=own):
             return call_with(layer, zip(kernels, values, strict=True), inputs, training=training, mask=mask)
 
 

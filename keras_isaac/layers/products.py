@@ -1,0 +1,143 @@
+"""What adapters are made of: products and kernels whose gradients are conditioned."""
+
+import math
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_isaac.backend import layout
+from keras_isaac.curvature import operations, plan
+from keras_isaac.curvature.conditioner import cast
+from keras_isaac.curvature.record import SPARSE, KernelCall
+from keras_isaac.curvature.rows import Rows, condensed, expected_total, num_read, product_rows, sampled_rows
+from keras_isaac.scope import Conditioning
+
+
+def conditioned(matrix: Any, conditioning: Conditioning, rows: Rows) -> Any:
+    """Returns a kernel; its gradient is conditioned on rows when the backward pass has finished it.
+
+    Args:
+        matrix: tensor `[(groups,) in, out]`, the kernel.
+        conditioning: the `Conditioning` in force.
+        rows: `Rows` of the layer's inputs.
+    """
+    conditioning.refuse_outputs()
+    call = KernelCall(tuple(matrix.shape), condensed(rows, tuple(matrix.shape), conditioning))
+    conditioning.note(call)
+    return operations.conditioned_kernel(matrix, call.rows, plan.choose(call), conditioning)
+
+
+def product(inputs: Any, kernel: Any, conditioning: Conditioning, mask: Any = None, num_groups: int = 0) -> Any:
+    """Returns `inputs @ kernel`, the kernel conditioned on the positions of the inputs.
+
+    Args:
+        inputs: tensor `[(groups,) samples, *positions, in]`.
+        kernel: tensor `[(groups,) in, out]`.
+        conditioning: the `Conditioning` in force.
+        mask: tensor `[(groups,) samples, *positions]`, with or without the groups, true where a position is valid, or `None`.
+        num_groups: 1 if there is an axis of groups, else 0.
+    """
+    # `matmul` would promote integers.
+    inputs = cast(ops.convert_to_tensor(inputs), kernel.dtype)
+    is_shared = len(inputs.shape) > num_groups + 2
+    has_product = mask is None and not (is_shared and conditioning.weight_sharing == "reduce")
+    if conditioning.per_replica and has_product and layout.num_replicas() > 1:
+        return _product_by_replica(inputs, kernel, conditioning, num_groups)
+    matrix = _as_matrix(inputs, num_groups) if is_shared else inputs
+    if has_product:
+        num_total = expected_total(inputs.shape[num_groups:-1])
+        outputs = _conditioned_product(matrix, kernel, conditioning, is_shared, num_total)
+    else:
+        outputs = matrix @ conditioned(kernel, conditioning, sampled_rows(inputs, conditioning, mask, num_groups))
+    return ops.reshape(outputs, (*ops.shape(inputs)[:-1], kernel.shape[-1])) if is_shared else outputs
+
+
+def _as_matrix(inputs: Any, num_groups: int) -> Any:
+    """Returns `[(groups,) rows, in]` of `[(groups,) samples, *positions, in]`."""
+    shape = ops.shape(inputs)
+    # No size is left for `reshape` to find, which it could not in an empty batch.
+    return ops.reshape(inputs, (*shape[:num_groups], math.prod(shape[num_groups:-1]), shape[-1]))
+
+
+def _conditioned_product(matrix: Any, kernel: Any, conditioning: Conditioning, is_shared: bool, num_total: int | None) -> Any:
+    """Returns `matrix @ kernel` of rows `[(groups,) rows, in]`, all valid."""
+    shape = tuple(kernel.shape)
+    rows = condensed(product_rows(matrix, conditioning, is_shared, num_total), shape, conditioning)
+    # Whether the rows are all rows of the product: of an open number of shared rows, some may be left out.
+    is_whole = rows.values is matrix and not (is_shared and matrix.shape[-2] is None)
+    # The norm is known once the gradient is finished.
+    has_product = is_whole and (conditioning.output_damping is not None or not conditioning.preserve_norm)
+    num_output_rows = None
+    if conditioning.output_damping is not None:
+        num_output_rows = _num_output_rows(matrix, shape, conditioning, is_shared, num_total)
+    call = KernelCall(shape, rows, has_product, num_output_rows)
+    conditioning.note(call)
+    return operations.conditioned_matmul(matrix, kernel, call, plan.choose(call), conditioning)
+
+
+def _num_output_rows(
+    matrix: Any, shape: tuple, conditioning: Conditioning, is_shared: bool, num_total: int | None
+) -> int | None:
+    num_rows = matrix.shape[-2]
+    if not is_shared or num_rows is None:
+        return num_rows
+    num_sums = plan.num_kept(num_total, shape[-1], shape[-2], conditioning.max_rows)
+    return min(num_rows, num_read(conditioning), num_sums)
+
+
+def _product_by_replica(inputs: Any, kernel: Any, conditioning: Conditioning, num_groups: int) -> Any:
+    """Returns the product, each replica's rows being a group of their own, so that only its gradient crosses devices."""
+    shape, num_replicas = tuple(inputs.shape), layout.num_replicas()
+    rows = math.prod(shape[num_groups:-1])
+    if rows % num_replicas:
+        raise ValueError(
+            f"Train on batches of a multiple of {num_replicas} samples: `per_replica=True` splits the rows of a layer evenly "
+            f"over the {num_replicas} replicas of the distribution. Received: a batch that makes {rows} rows"
+        )
+    groups = shape[:num_groups]
+    with layout.by_replica():
+        # [(groups,) samples, *positions, in] -> [replicas, (groups,) rows of a replica, in]
+        inputs = ops.reshape(inputs, (*groups, num_replicas, rows // num_replicas, shape[-1]))
+        inputs = layout.with_sharding(ops.moveaxis(inputs, num_groups, 0))
+        kernel = layout.with_sharding(ops.broadcast_to(kernel, (num_replicas, *kernel.shape)))
+        products = product(inputs, kernel, conditioning.for_one_replica(num_replicas), None, num_groups + 1)
+    return ops.reshape(ops.moveaxis(products, 0, num_groups), (*shape[:-1], kernel.shape[-1]))
+
+
+def is_sparse(inputs: Any) -> bool:
+    """Returns whether inputs are a sparse tensor: of a backend, where it has `indices`, or of a functional model."""
+    indices = getattr(inputs, "indices", None)
+    # A dense tensor of PyTorch has a method of this name.
+    return getattr(inputs, "sparse", False) is True or (indices is not None and not callable(indices))
+
+
+def note_sparse(layer: keras.Layer, conditionings: Iterable[Conditioning | None]) -> None:
+    """Warns, and records with each `Conditioning`, that sparse inputs leave this call of a layer plain.
+
+    Conditioning would need the rows as a dense matrix, which takes many times as long as the sparse product.
+    """
+    warnings.warn(
+        f"{type(layer).__name__} layer '{layer.path}' trains with its plain gradient, because its inputs are sparse. To "
+        "condition it, pass dense inputs. To silence this warning, pass the layer to `capture_inputs(..., exclude=)`.",
+        stacklevel=2,
+    )
+    for conditioning in filter(None, conditionings):
+        conditioning.note(KernelCall((), reason=SPARSE))
+
+
+def as_dense(inputs: Any) -> Any:
+    """Returns a tensor, dense if it was sparse."""
+    return ops.convert_to_tensor(inputs, sparse=False)
+
+
+def bias_and_activation(layer: keras.Layer, outputs: Any, data_format: str = "channels_last") -> Any:
+    """Returns `outputs` with the layer's bias added and its activation applied."""
+    if layer.bias is not None:
+        bias = layer.bias
+        if data_format == "channels_first":
+            bias = ops.reshape(bias, (1, -1, *(1 for _ in outputs.shape[2:])))
+        outputs = ops.add(outputs, bias)
+    return outputs if layer.activation is None else layer.activation(outputs)
