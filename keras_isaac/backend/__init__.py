@@ -23,8 +23,8 @@ NaN, so is the result, but that of `damped_inverse_root` is zero.
 
 Derivatives:
 
-- `gate(kernel, residuals, condition)`: the kernel; its gradient passes `condition(gradient, *residuals)`, a symmetric linear
-  map.
+- `gate(kernel, residuals, condition, is_linear)`: the kernel; its gradient passes `condition(gradient, *residuals)`. If that is
+  a symmetric linear map, so does its tangent.
 - `product(rows, kernel, residuals, functions)`: `rows @ kernel`; see `ProductFunctions`.
 - `with_gradients(function, gradients, *tensors)`: `function(*tensors)`, with `gradients(output_gradients, *tensors)`, a
   tuple, for its gradients. It need not be linear, and has no forward mode.

@@ -139,8 +139,18 @@ def _whiten_by_elimination(matrix, rows):
     return matmul(gauss_jordan(matrix, is_root=True), rows)
 
 
-def gate(kernel, residuals, condition):
-    """Returns `kernel`, whose tangent and gradient pass a symmetric linear map."""
+def gate(kernel, residuals, condition, is_linear=True):
+    """Returns `kernel`, whose gradient passes `condition`, and so does its tangent if that is a symmetric linear map."""
+    if not is_linear:
+
+        def gradients(output_gradient, kernel, *residuals):
+            return condition(output_gradient, *residuals), *(None for _ in residuals)
+
+        def identity_of_call(kernel, values, *_):
+            # Under `vmap` each mapped call has a kernel of its own, and so a gradient of its own.
+            return jnp.where(jnp.isnan(values[..., :1, :1]).any(), kernel, kernel)
+
+        return with_gradients(identity_of_call, gradients, kernel, *jax.lax.stop_gradient(tuple(residuals)))
 
     @jax.custom_jvp
     def identity(kernel, residuals):

@@ -119,9 +119,9 @@ def _is_mapped():
     return not tf.executing_eagerly() and "loop_body" in tf.get_current_name_scope().split("/")
 
 
-def gate(kernel, residuals, condition):
-    """Returns `kernel`, whose gradient passes a symmetric linear map."""
-    if _is_mapped():
+def gate(kernel, residuals, condition, is_linear=True):
+    """Returns `kernel`, whose gradient passes `condition`."""
+    if _is_mapped() and is_linear:
         # The same in operations whose gradients are kept: the map's own is the map.
         conditioned = condition(tf.convert_to_tensor(kernel), *residuals)
         return tf.stop_gradient(kernel - conditioned) + conditioned

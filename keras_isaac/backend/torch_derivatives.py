@@ -46,34 +46,37 @@ def _mapped(tensor, axis, size):
 @_with_fast_path
 class _gate(torch.autograd.Function):  # noqa: N801 (a function to whoever calls it)
     @staticmethod
-    def forward(condition, kernel, *residuals):
+    def forward(condition, is_linear, kernel, *residuals):
         return kernel.view_as(kernel)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        ctx.condition, _, *residuals = inputs
+        ctx.condition, _, _, *residuals = inputs
         _save(ctx, *residuals)
 
     @staticmethod
     def backward(ctx, output_gradient):
         # Read once: recomputation does not give them a second time.
         residuals = ctx.saved_tensors
-        return None, ctx.condition(output_gradient, *residuals), *(None for _ in residuals)
+        return None, None, ctx.condition(output_gradient, *residuals), *(None for _ in residuals)
 
     @staticmethod
-    def jvp(ctx, _, kernel_tangent, *__):
+    def jvp(ctx, _, __, kernel_tangent, *___):
         return None if kernel_tangent is None else ctx.condition(kernel_tangent, *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(info, axes, condition, *tensors):
+    def vmap(info, axes, condition, is_linear, *tensors):
         # The kernel is mapped where only the rows are: each has a gradient of its own to condition.
-        tensors = (_mapped(tensor, axis, info.batch_size) for tensor, axis in zip(tensors, axes[1:], strict=True))
-        return _gate(condition, *tensors), 0
+        tensors = [_mapped(tensor, axis, info.batch_size) for tensor, axis in zip(tensors, axes[2:], strict=True)]
+        if not is_linear:
+            axes = [None if tensor is None or tensor.ndim == 0 else 0 for tensor in tensors]
+            condition = torch.func.vmap(condition, in_dims=tuple(axes))
+        return _gate(condition, is_linear, *tensors), 0
 
 
-def gate(kernel, residuals, condition):
-    """Returns `kernel`, whose tangent and gradient pass a symmetric linear map."""
-    return _gate(condition, kernel, *residuals)
+def gate(kernel, residuals, condition, is_linear=True):
+    """Returns `kernel`, whose gradient passes `condition`, and so does its tangent if that is a symmetric linear map."""
+    return _gate(condition, is_linear, kernel, *residuals)
 
 
 @_with_fast_path

@@ -13,7 +13,6 @@ from keras import ops
 
 from keras_isaac import backend
 from keras_isaac.curvature import conditioner, plan
-from keras_isaac.curvature.record import KernelCall
 from keras_isaac.curvature.rows import Rows, condensed, product_rows
 from keras_isaac.scope import Conditioning
 
@@ -49,13 +48,7 @@ def conditioned_kernel(kernel: Any, rows: Rows, form: str | None, conditioning: 
         _condition_finished, static_counts=counts if is_static else None, form=form, conditioning=conditioning
     )
     residuals = (backend.stop_gradient(rows.values), conditioning.damping, *((None, None) if is_static else counts))
-    if not conditioning.preserve_norm:
-        return backend.gate(kernel, residuals, condition)
-
-    def gradients(output_gradient, kernel, *residuals):
-        return condition(output_gradient, *residuals), *(None for _ in residuals)
-
-    return backend.with_gradients(lambda kernel, *_: kernel * 1, gradients, kernel, *residuals)
+    return backend.gate(kernel, residuals, condition, is_linear=not conditioning.preserve_norm)
 
 
 def _condition_finished(gradient, values, damping, num_sampled, num_valid, *, static_counts, form, conditioning):
@@ -65,21 +58,24 @@ def _condition_finished(gradient, values, damping, num_sampled, num_valid, *, st
     return conditioner.with_norm_of(gradient, conditioned) if conditioning.preserve_norm else conditioned
 
 
-def conditioned_matmul(inputs: Any, kernel: Any, call: KernelCall, form: str | None, conditioning: Conditioning) -> Any:
+def conditioned_matmul(
+    inputs: Any, kernel: Any, rows: Rows, has_product: bool, form: str | None, conditioning: Conditioning
+) -> Any:
     """Returns `inputs @ kernel`; the kernel's gradient is conditioned in the backward pass of the product.
 
     Args:
         inputs: tensor `[..., rows, in]`, all rows of the product.
         kernel: tensor `[..., in, out]`.
-        call: the `KernelCall`. Its rows may be fewer than all.
-        form: what `plan.choose` returned for it.
+        rows: `Rows`, which the kernel is conditioned on.
+        has_product: boolean, whether they are all rows of the product.
+        form: what `plan.choose` returned for them.
         conditioning: the `Conditioning` in force.
     """
     if conditioning.output_damping is not None:
-        return _matmul_with_outputs(inputs, kernel, call, form, conditioning)
-    if not (call.has_product and form in (plan.SAMPLE, None)):
+        return _matmul_with_outputs(inputs, kernel, rows, form, conditioning)
+    if not (has_product and form in (plan.SAMPLE, None)):
         # `keras.ops.matmul` returns float32 for float64 on PyTorch.
-        return inputs @ conditioned_kernel(kernel, call.rows, form, conditioning)
+        return inputs @ conditioned_kernel(kernel, rows, form, conditioning)
     is_relative, dtype = conditioning.relative_damping, kernel.dtype
 
     def tangent(inputs, kernel_tangent, damping):
@@ -89,14 +85,14 @@ def conditioned_matmul(inputs: Any, kernel: Any, call: KernelCall, form: str | N
         return conditioner.condition_product(inputs, output_gradient, damping, form, is_relative, dtype)
 
     def gate(kernel, inputs, damping):
-        return conditioned_kernel(kernel, call.rows._replace(values=inputs), None, conditioning)
+        return conditioned_kernel(kernel, rows._replace(values=inputs), None, conditioning)
 
     return backend.product(inputs, kernel, (conditioning.damping,), ProductFunctions(tangent, condition, gate))
 
 
-def _matmul_with_outputs(inputs, kernel, call, form, conditioning):
+def _matmul_with_outputs(inputs, kernel, rows, form, conditioning):
     """Returns the product under an output damping, which is not linear in the gradient."""
-    is_relative, rows, output_damping = conditioning.relative_damping, call.rows, conditioning.output_damping
+    is_relative, output_damping = conditioning.relative_damping, conditioning.output_damping
 
     def gradients(output_gradient, inputs, kernel, damping, output_damping, values):
         full_inputs, full_gradient = conditioner.in_full_precision(inputs, output_gradient)
@@ -107,7 +103,7 @@ def _matmul_with_outputs(inputs, kernel, call, form, conditioning):
             counts = rows.num_sampled, rows.num_valid
             conditioned = conditioner.condition(plain, values, damping, *counts, form=form, is_relative=is_relative)
         outputs = product_rows(full_gradient, conditioning, rows.is_shared, rows.num_total)
-        outputs = condensed(outputs, (*call.shape[:-2], call.num_out, call.num_in), conditioning)
+        outputs = condensed(outputs, (*kernel.shape[:-2], *kernel.shape[:-3:-1]), conditioning)
         # The gradients of a mean over r rows are those of the rows' own losses, divided by r.
         scale = 1 if is_relative else ops.cast(ops.shape(full_gradient)[-2], plain.dtype)
         output_damping = conditioner.cast(output_damping, plain.dtype) / scale / scale
@@ -116,7 +112,8 @@ def _matmul_with_outputs(inputs, kernel, call, form, conditioning):
         if conditioning.preserve_norm:
             conditioned = conditioner.with_norm_of(plain, conditioned)
         # What reaches the kernel through a derivative of the inputs is conditioned too.
-        gated = conditioned_kernel(kernel, rows, None, dataclasses.replace(conditioning, output_damping=None))
+        inputs_only = dataclasses.replace(conditioning, damping=damping, output_damping=None)
+        gated = conditioned_kernel(kernel, rows._replace(values=values), None, inputs_only)
         inputs_gradient = output_gradient @ backend.transpose(gated)
         return inputs_gradient, conditioner.cast(conditioned, kernel.dtype), None, None, None
 

@@ -25,9 +25,10 @@ def conditioned(matrix: Any, conditioning: Conditioning, rows: Rows) -> Any:
         rows: `Rows` of the layer's inputs.
     """
     conditioning.refuse_outputs()
-    call = KernelCall(tuple(matrix.shape), condensed(rows, tuple(matrix.shape), conditioning))
+    rows = condensed(rows, tuple(matrix.shape), conditioning)
+    call = KernelCall(tuple(matrix.shape), rows)
     conditioning.note(call)
-    return operations.conditioned_kernel(matrix, call.rows, plan.choose(call), conditioning)
+    return operations.conditioned_kernel(matrix, rows, plan.choose(call), conditioning)
 
 
 def product(inputs: Any, kernel: Any, conditioning: Conditioning, mask: Any = None, num_groups: int = 0) -> Any:
@@ -75,7 +76,7 @@ def _conditioned_product(matrix: Any, kernel: Any, conditioning: Conditioning, i
         num_output_rows = _num_output_rows(matrix, shape, conditioning, is_shared, num_total)
     call = KernelCall(shape, rows, has_product, num_output_rows)
     conditioning.note(call)
-    return operations.conditioned_matmul(matrix, kernel, call, plan.choose(call), conditioning)
+    return operations.conditioned_matmul(matrix, kernel, rows, has_product, plan.choose(call), conditioning)
 
 
 def _num_output_rows(
