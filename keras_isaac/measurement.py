@@ -103,7 +103,7 @@ def _spec(tensor: Any) -> keras.KerasTensor:
 
 def spectrum(conditioning: scope.Conditioning, call: KernelCall) -> tuple[Any, Any, Any]:
     """Returns M's effective rank, its largest eigenvalue divided by the damping, and the number of failed inverses."""
-    if call.frequency is not None:
+    if call.rows is None:
         # One-hot rows: M is diagonal.
         frequency = call.frequency
         rank = _ratio(ops.square(ops.sum(frequency)), ops.sum(ops.square(frequency)))

@@ -76,9 +76,11 @@ def added_multiplications(rows, num_in, num_out, max_rows):
 
     from keras_isaac.curvature import plan
     from keras_isaac.curvature.record import KernelCall
+    from keras_isaac.curvature.rows import Rows
 
-    sampled = keras.KerasTensor((rows if max_rows is None else min(rows, max_rows), num_in))
-    return plan.added_multiplications(KernelCall((num_in, num_out), sampled, num_represented=rows, has_product=True))
+    kept = rows if max_rows is None else min(rows, max_rows)
+    sampled = Rows(keras.KerasTensor((kept, num_in)), kept, rows, rows)
+    return plan.added_multiplications(KernelCall((num_in, num_out), sampled, has_product=kept == rows))
 
 
 def dense(sizes, batch, tokens=None):
