@@ -111,7 +111,8 @@ def test_a_long_name_wraps_at_its_slashes_and_no_column_is_lost(capsys, monkeypa
     monkeypatch.setenv("COLUMNS", "80")
     hidden = layers.Dense(64, name="position_embedding")
     model = keras.Sequential([keras.Input((48, 64)), hidden, layers.Dense(128, name="d" * 50)], name="decoder_of_a_transformer")
-    keras_isaac.summary(capture_inputs(model), batch_size=16)
+    capture_inputs(model).compile(optimizer=paper_isaac(max_rows=1024))
+    keras_isaac.summary(model, batch_size=16)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[1].split() == ["Kernel", "(layer)", "Rows,", "in,", "out", "Form", "Added,"]
@@ -133,6 +134,7 @@ def test_a_high_cost_names_the_costliest_kernel_and_a_remedy(layer, advice, caps
     monkeypatch.setenv("COLUMNS", "80")
     inputs = keras.Input((20, 40))
     model = capture_inputs(keras.Model(inputs, layers.Dense(3, name="head")(layer(inputs)[:, 0])))
+    model.compile(optimizer=paper_isaac(max_rows=1024))
     _, head = keras_isaac.summary(model, batch_size=32)
     text = " ".join(capsys.readouterr().out.split())
     assert re.search(r"Costliest: costly/kernel \(\+[\d.]+%\)\. To lower this, " + re.escape(advice), text), text
