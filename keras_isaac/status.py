@@ -11,8 +11,8 @@ from keras_isaac.captured_layer import choice_of, is_captured
 from keras_isaac.curvature.record import SPARSE
 from keras_isaac.keras_hooks import quantization
 from keras_isaac.layers import adapter_of, kernels_of
-from keras_isaac.layers.products import is_sparse
 from keras_isaac.layers.dense import DenseAdapter
+from keras_isaac.layers.products import is_sparse
 from keras_isaac.optimizer_wrapper import has_several, isaacs_in
 from keras_isaac.selection import walk
 
