@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import keras
 
 from keras_isaac import backend, scope
+from keras_isaac.curvature.record import SPARSE
 from keras_isaac.selection import shorten
 from keras_isaac.status import kernel_status
 
@@ -88,7 +89,8 @@ def reused_error(what: str, variables: Sequence) -> ValueError:
 def nothing_to_condition(model: keras.Model) -> str | None:
     """Returns what to write if no kernel of a captured model can be conditioned, or `None` if one can."""
     statuses = sorted(kernel_status(model), key=lambda status: not status.trainable)
-    if any(status.reason is None for status in statuses):
+    # A layer on sparse inputs takes part, and warns that it stays plain.
+    if any(status.reason in (None, SPARSE) for status in statuses):
         return None
     reasons = [f"'{status.path}' ({status.reason})" for status in statuses]
     return (
