@@ -1,17 +1,16 @@
-"""Counts what a training step executes on an accelerator, without one: of the plain model, and captured under ISAAC.
+"""Counts what a training step executes on an accelerator, without one: plain, and captured with ISAAC.
 
     python accelerators.py --platform tpu                                  # a TPU v5e
     python accelerators.py --platform cuda --models mlp-400,transformer    # an H100
     python accelerators.py --platform torch --inner sgd --json torch.json  # PyTorch's eager step on CUDA tensors
 
-Nothing runs on a device, and nothing is timed. For `tpu` and `cuda`, JAX compiles the whole step of `fit`. What is counted is
-the optimized program: its operations (on a GPU each is launched; a library call is one), its loops with their trips, its
-library calls, a TPU's cycles as its compiler estimates them (not of library calls), the bytes that the operations read and
-write, and the memory of arguments and temporaries. For `torch`, Keras' eager step runs on the CPU, along the path that CUDA
-tensors take. Counted are the operators that compute, and what waits for a GPU: values that the host reads, and Python numbers
-and NumPy arrays that are copied to the device.
+Nothing runs on a device, and nothing is timed. For `tpu` and `cuda`, JAX compiles the whole step of `fit`. The script counts,
+in the optimized program, operations (each is a launch on a GPU), loops and their trips, library calls, cycles as the TPU's
+compiler estimates them (without library calls), bytes read and written, and the memory of arguments and temporaries. For
+`torch`, Keras' eager step runs on the CPU along the path of CUDA tensors. The script counts the operators that compute, and
+everything that waits for a GPU: values that the host reads, and Python numbers and NumPy arrays copied to the device.
 
-The compilers come with JAX. Neither needs a device or a driver. From a clone, each into an environment of its own:
+The compilers come with JAX and need neither a device nor a driver. From a clone, install each in its own environment:
 
     pip install "jax[tpu]==0.10.2" -e .     # 1.4 GB
     pip install "jax[cuda13]==0.10.2" -e .  # 4.5 GB
@@ -212,7 +211,7 @@ def torch_calls(function):
         return record
 
     with contextlib.ExitStack() as stack:
-        # No operator tells of these on a CPU.
+        # No operator on a CPU corresponds to these.
         for name in ("numpy", "tolist"):
             stack.enter_context(mock.patch.object(torch.Tensor, name, recorded(getattr(torch.Tensor, name))))
         stack.enter_context(Operators())

@@ -1,6 +1,6 @@
 """Two optimizers that work on whole kernels, as baselines and as inner optimizers of ISAAC: Muon and SOAP.
 
-Both see a kernel as a matrix of inputs by outputs, also in attention and convolutions, and leave all else to AdamW.
+Both treat a kernel as a matrix of inputs by outputs, also in attention and convolutions. AdamW updates all other variables.
 """
 
 import math
@@ -11,14 +11,14 @@ from keras import ops
 
 
 class MatrixOptimizer(keras.optimizers.AdamW):
-    """AdamW, but for the kernels, which a subclass updates as matrices.
+    """AdamW for all variables except kernels, which a subclass updates as matrices.
 
-    A subclass defines `build_matrix`, which returns the state of a matrix, and `matrix_update`, which returns what the learning
-    rate multiplies and the step subtracts.
+    A subclass defines `build_matrix`, which returns the state of a matrix, and `matrix_update`, which returns the update; the
+    step subtracts the learning rate times the update.
 
     Args:
         learning_rate: float or schedule.
-        exclude: regular expression, searched for in the paths of variables that are left to AdamW. Defaults to `None`: none.
+        exclude: regular expression; AdamW updates variables whose path it matches. Defaults to `None`: none.
         **kwargs: arguments of `AdamW`.
     """
 
@@ -55,7 +55,7 @@ class MatrixOptimizer(keras.optimizers.AdamW):
 
 
 def matrix_shape(shape):
-    """Splits the axes of a kernel into inputs and outputs, where the matrix comes out squarest."""
+    """Splits the axes of a kernel into inputs and outputs so that the matrix is as square as possible."""
     splits = [(math.prod(shape[:axis]), math.prod(shape[axis:])) for axis in range(1, len(shape))]
     return min(splits, key=lambda split: abs(math.log(split[0] / split[1])))
 
@@ -63,7 +63,7 @@ def matrix_shape(shape):
 class Muon(MatrixOptimizer):
     """Orthogonalizes the momentum of each kernel ([Liu et al., 2025](https://arxiv.org/abs/2502.16982)).
 
-    `keras.optimizers.Muon` does so in kernels of two axes alone; of these, the steps are the same.
+    `keras.optimizers.Muon` does this only for kernels of two axes; for these, the steps are the same.
     """
 
     momentum, num_iterations, scale = 0.95, 5, 0.2
@@ -93,7 +93,7 @@ class SOAP(MatrixOptimizer):
 
     Args:
         learning_rate: float or schedule.
-        basis_every: integer, after how many steps the eigenbasis is renewed, by one step of the power method.
+        basis_every: integer, number of steps between updates of the eigenbasis, each one step of the power method.
         **kwargs: arguments of `MatrixOptimizer`.
     """
 
@@ -102,12 +102,12 @@ class SOAP(MatrixOptimizer):
         self.basis_every = basis_every
 
     def build_matrix(self, num_rows, num_columns):
-        """The momentum, the second moment in the basis, and of both sides the factor and its basis."""
+        """The momentum, the second moment in the basis, and for each side the factor and its basis."""
         moments = self.zeros(num_rows, num_columns), self.zeros(num_rows, num_columns)
         return *moments, *((self.zeros(size, size), self.zeros(size, size)) for size in (num_rows, num_columns))
 
     def matrix_update(self, gradient, state):
-        """Adam's update in the basis, turned back. The first step only fills the factors, since there is no basis yet."""
+        """Adam's update in the basis, rotated back. The first step only fills the factors, since there is no basis yet."""
         momentum, second_moment, *sides = state
         step = ops.cast(self.iterations, gradient.dtype)
         (left, right), (left_factor, right_factor) = ([basis for _, basis in sides], [factor for factor, _ in sides])
@@ -134,7 +134,7 @@ class SOAP(MatrixOptimizer):
             return ops.flip(ops.linalg.eigh(factor)[1], axis=1), moments
 
         def next_one():
-            # The columns go by their eigenvalues, so that orthogonalization starts from the largest.
+            # Columns in the order of their eigenvalues, so that orthogonalization starts from the largest.
             order = ops.flip(ops.argsort(ops.sum(basis * (factor @ basis), axis=0)))
             return ops.linalg.qr(factor @ ops.take(basis, order, axis=1))[0], ops.take(moments, order, axis=axis)
 

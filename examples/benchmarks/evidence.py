@@ -194,7 +194,7 @@ def searched(runs, method, horizon, seed=0):
 
 
 def neighbours(rate, *others):
-    """Yields the settings beside one: the learning rates 1, 3, 10, 30, ..., and ten times more or less of another number."""
+    """Yields the settings next to one: learning rates 1, 3, 10, 30, ..., and ten times more or less of another number."""
     place = round(2 * math.log10(rate))
     for other in (place + 1, place - 1):
         yield float(f"{(3 if other % 2 else 1) * 10.0 ** (other // 2):g}"), *others
@@ -239,8 +239,8 @@ def add_run(path, trainer, names, setting, seed, horizon):
     with path.open("a") as file:
         file.write(json.dumps(run) + "\n")
     isaac = names.pop("isaac", None)
-    told = f"{'ISAAC + ' if isaac else ''}{' '.join(map(str, names.values()))}"
-    print(f"{path.stem}: {told}: {final(run):.4g} ({time.perf_counter() - start:.0f} s)", flush=True)
+    label = f"{'ISAAC + ' if isaac else ''}{' '.join(map(str, names.values()))}"
+    print(f"{path.stem}: {label}: {final(run):.4g} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
 def time_steps(task, trainers, repetitions=7):

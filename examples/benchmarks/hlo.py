@@ -108,7 +108,7 @@ def _count(computations, name):
             counts.calls.update(target.groups() if target else ())
             estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
             counts.cycles += int(estimate.group(1)) if estimate else 0
-            # What starts a copy returns its operand beside the result.
+            # The start of a copy returns its operand too.
             operands = 0 if opcode.endswith("-start") else sum(sizes[operand] for operand in instruction.operands)
             counts.bytes += instruction.size + operands
     return counts

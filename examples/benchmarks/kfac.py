@@ -1,4 +1,4 @@
-"""K-FAC from a published package, curvlinops (PyTorch), on the dense tasks of `evidence.py`, which runs it as a method.
+"""K-FAC of the package curvlinops (PyTorch), as a method of `evidence.py` for tasks of dense layers.
 
     pip install torch curvlinops-for-pytorch
     python evidence.py --tasks classifier,autoencoder --methods K-FAC

@@ -1,4 +1,4 @@
-"""L-BFGS, of SciPy, on the equations of the comparison: on one set of points, as it must, where the others draw new ones.
+"""SciPy's L-BFGS on the two equations, on one fixed set of points, where the other optimizers use batches.
 
     python lbfgs.py [--points 256 1024] [--evaluations 2000] [--seeds 3]
 

@@ -1,12 +1,12 @@
-"""Measures what a training step costs on a captured model under ISAAC, beside the plain model; SGD takes both gradients.
+"""Measures what a training step costs on a captured model with ISAAC, compared with the plain model; both use SGD.
 
     python overhead.py --backend jax                          # about five minutes on two cores
     python overhead.py --backend torch --models mlp-1600,transformer --json overhead.json
     python overhead.py --backend tensorflow --growth overhead.png
 
-The contenders take turns in one process, an epoch of `fit` each, so that a busy machine slows them alike; the ratio is the
-median over the turns. First step and peak memory are measured in processes of their own. The floor is the ratio that counting
-multiplications gives. On PyTorch the authors' package (`pip install isaac`) takes part.
+The contenders take turns in one process, an epoch of `fit` each, so a busy machine slows both; the ratio is the median over the
+turns. The first step and the peak memory are measured in a separate process each. The floor is the ratio of the numbers of
+multiplications. On PyTorch the authors' package (`pip install isaac`) is measured too.
 """
 
 import argparse
@@ -33,13 +33,13 @@ class Benchmark:
     """One model at one size.
 
     Args:
-        build: function that returns the Keras model; for dense layers alone, it may be given what makes a layer.
+        build: function that returns the Keras model; of dense layers it takes a function that makes a layer, optionally.
         products: for each kernel, the first layer's first, `(rows, in, out)`.
         batch: integer, samples a step.
         input_shape: tuple, of one sample.
-        classes: integer, what the model tells apart; `None` if it reproduces its inputs.
-        embeds: whether the inputs are tokens, so that the first kernel has an input gradient too: the embedding's.
-        attention: integer, the multiplications of a plain step in which no kernel takes part.
+        classes: integer, how many classes; `None` if the model reproduces its inputs.
+        embeds: whether the inputs are tokens, so that the first kernel needs an input gradient too, for the embedding.
+        attention: integer, the multiplications of a plain step that involve no kernel.
         variants: dictionary, the `max_rows` to compare, by name.
     """
 

@@ -10,7 +10,7 @@
 - `residual` (its Fig. 6): a residual network with batch normalization, of which the last layer alone is conditioned.
 
 Each run is kept in `results/paper/EXPERIMENT.json` as soon as it is done, one seed each. Losses are of the training data at the
-end; every setting stands with its best learning rate. Conditioned gradients have the norm of plain ones in `map` and `layers`,
+end, at the best learning rate of each setting. Conditioned gradients have the norm of plain ones in `map` and `layers`,
 so that SGD's learning rates suit every damping; the paper tuned them.
 """
 

@@ -50,7 +50,7 @@ def best_setting(runs, method, horizon):
 
 
 def runs_of(runs, method, horizon, setting):
-    """The runs of a setting by their seed, but those that diverged."""
+    """The runs of a setting by their seed, without those that diverged."""
     chosen = [run for run in runs if (run["method"], run["horizon"]) == (method, horizon) and run["train"]]
     return {run["seed"]: run for run in chosen if setting_of(run) == setting}
 

@@ -2,7 +2,7 @@
 
     python trees.py
 
-As many settings as a method of `evidence.py` gets, over learning rate and leaves; how many trees, the validation data tell.
+It searches nine settings of learning rate and leaves, as many as `evidence.py`; validation data choose the number of trees.
 """
 
 import itertools

@@ -15,12 +15,12 @@ class Task(NamedTuple):
 
     Args:
         build: function of a seed, returns the model.
-        loss: function of `call` (the model's, or what stands for it), x and y, which returns the loss that is trained.
+        loss: function of `call` (a function of x, such as the model), x and y, which returns the training loss.
         data: function without arguments, returns `(x, y)` of the training, the validation and the test part.
         batch_size: integer.
         steps: integer, how long it trains at horizon 1.
-        measures: dictionary of further such functions, measured on held-out data.
-        held_out: the loss of held-out data, if it is not the one that is trained.
+        measures: dictionary of more functions of this kind, for held-out data.
+        held_out: the loss of held-out data, if it is not the training loss.
     """
 
     build: Callable

@@ -11,7 +11,7 @@ from keras import layers
 
 @functools.cache
 def digits():
-    """MNIST through `keras.datasets`, or of the `.npz` file that KERAS_ISAAC_IMAGES names; else scikit-learn's digits."""
+    """MNIST from `keras.datasets` or from the `.npz` file that KERAS_ISAAC_IMAGES names; otherwise scikit-learn's digits."""
     file = os.environ.get("KERAS_ISAAC_IMAGES")
     if file:
         with np.load(Path(file)) as arrays:
@@ -19,10 +19,10 @@ def digits():
     else:
         try:
             (x, y), _ = keras.datasets.mnist.load_data()
-        except Exception as error:  # Keras reports a missing network by an exception of no class of its own.
+        except Exception as error:  # Keras reports a failed download with a plain Exception.
             from sklearn.datasets import load_digits
 
-            print(f"MNIST cannot be loaded ({error}): scikit-learn's digits take its place.")
+            print(f"MNIST cannot be loaded ({error}): using scikit-learn's digits instead.")
             x, y = load_digits(return_X_y=True)
             x = x.reshape(-1, 8, 8).repeat(3, 1).repeat(3, 2)
             x = np.pad(x, ((0, 0), (2, 2), (2, 2)))

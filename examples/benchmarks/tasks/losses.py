@@ -1,4 +1,4 @@
-"""What tasks minimize, and what they measure: functions of `call` (the model's, or what stands for it), x and y."""
+"""Losses and measures: functions of `call` (a function of x, such as the model), x and y."""
 
 import keras
 from keras import ops
@@ -15,5 +15,5 @@ def squared_error(call, x, y):
 
 
 def accuracy(call, x, y):
-    """The share of right classes."""
+    """The share of correct classes."""
     return ops.mean(ops.cast(ops.equal(ops.argmax(call(x), axis=-1), y), "float32"))

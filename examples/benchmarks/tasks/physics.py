@@ -28,7 +28,7 @@ def _relative_error(u, exact):
 
 
 def _on_square(call, x):
-    """Zero on the edges of the unit square, whatever the network says."""
+    """The network's output times a factor that is zero on the edges of the unit square."""
     return call(x) * ops.prod(x * (1 - x), axis=-1, keepdims=True)
 
 
@@ -58,7 +58,7 @@ VISCOSITY = 0.1 / np.pi
 
 
 def _from_sine(call, x):
-    """-sin πx at t = 0, and zero at x = -1 and 1, whatever the network says."""
+    """The network's output, changed to be -sin πx at t = 0 and zero at x = -1 and 1."""
     time, place = x[:, :1], x[:, 1:]
     return time * (1 - place**2) * call(x) - ops.sin(np.pi * place)
 
