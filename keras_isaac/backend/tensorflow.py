@@ -126,6 +126,8 @@ def gate(kernel, residuals, condition, is_linear=True):
         conditioned = condition(tf.convert_to_tensor(kernel), *residuals)
         return tf.stop_gradient(kernel - conditioned) + conditioned
 
+    residuals = tuple(map(_in_this_graph, residuals))
+
     def gradients(output_gradient, kernel):
         return (condition(output_gradient, *residuals),)
 
@@ -175,8 +177,18 @@ def with_gradients(function, gradients, *tensors):
 
         return function(*completed(present)), all_gradients
 
-    # In eager mode a tensor may still be a variable, which `tf.custom_gradient` would not take for an argument.
-    return call(*(tf.convert_to_tensor(tensor) for tensor in tensors if tensor is not None))
+    return call(*(_in_this_graph(tensor) for tensor in tensors if tensor is not None))
+
+
+def _in_this_graph(tensor: Any) -> tf.Tensor | None:
+    """Returns `tensor`, if it is not `None`, as a tensor of the graph that is being built.
+
+    TensorFlow cannot differentiate a branch of `tf.cond` in which a custom gradient uses a tensor from outside the branch that
+    the branch uses too. In eager mode, it does not take a variable for an argument of a custom gradient.
+    """
+    if tensor is None:
+        return None
+    return tf.convert_to_tensor(tensor) if tf.executing_eagerly() else tf.identity(tensor)
 
 
 def gradients_of(function, tensors):
