@@ -78,7 +78,7 @@ def _captured_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
         if conditionings:
             return adapter_of(layer).call(layer, lambda kernel: conditionings.get(id(kernel)), *args, **kwargs)
     elif (
-        kwargs.get("training") is not False and backend.sees_step(args[0] if args else layer.variables[0]) and is_chosen(layer)
+        kwargs.get("training") is not False and backend.is_tracing(args[0] if args else layer.variables[0]) and is_chosen(layer)
     ):
         scope.note_plain_call()
     return keras_hooks.own_call(layer)(layer, *args, **kwargs)

@@ -47,7 +47,7 @@ class StepCheck:
         """
         if variables is None:
             variables = list((self.trained or {}).values())
-        was_called = scope.take_plain_calls() and bool(variables) and backend.sees_step(variables[0])
+        was_called = scope.take_plain_calls() and bool(variables) and backend.is_tracing(variables[0])
         model = None if self._model is None else self._model()
         was_missed = not self._has_now and (model is not None or was_called)
         self._has_now, self._model = False, None

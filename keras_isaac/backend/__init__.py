@@ -33,7 +33,7 @@ State:
 
 - `IS_STATELESS`: whether a step is a function of the values of all variables, which stand in for them while it is traced.
 - `TENSORS_TAKE_ATTRIBUTES`: whether a tensor can be given an attribute, also while it is traced.
-- `sees_step(tensor)`: whether Python runs for the step that computes with a tensor: for each on PyTorch, elsewhere while it is
+- `is_tracing(tensor)`: whether Python runs for the step that computes with a tensor: for each on PyTorch, elsewhere while it is
   compiled. An eager call on TensorFlow and JAX may be part of a step of which the rest was compiled before.
 - `barrier(gradients)`: the gradients, each available only once all of them are. A variable may be updated then.
 
@@ -71,7 +71,7 @@ is_indefinite = _backend.is_indefinite
 matmul = _backend.matmul
 product = _backend.product
 relative_damping = _backend.relative_damping
-sees_step = _backend.sees_step
+is_tracing = _backend.is_tracing
 segment_sum = _backend.segment_sum
 stop_gradient = _backend.stop_gradient
 trace = _backend.trace

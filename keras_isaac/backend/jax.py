@@ -19,7 +19,7 @@ clip = jnp.clip
 stop_gradient = jax.lax.stop_gradient
 
 
-def sees_step(tensor):
+def is_tracing(tensor):
     """Whether Python runs for the step that computes with `tensor`."""
     return isinstance(getattr(tensor, "value", tensor), jax.core.Tracer)
 

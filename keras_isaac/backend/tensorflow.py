@@ -18,7 +18,7 @@ stop_gradient = tf.stop_gradient
 transpose = tf.linalg.matrix_transpose
 
 
-def sees_step(tensor):
+def is_tracing(tensor):
     """Whether Python runs for the step that computes with `tensor`."""
     return not tf.executing_eagerly()
 

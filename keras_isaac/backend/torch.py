@@ -42,7 +42,7 @@ def stop_gradient(tensor):
     return tensor.detach()
 
 
-def sees_step(tensor):
+def is_tracing(tensor):
     """Whether Python runs for the step that computes with `tensor`."""
     return True
 
