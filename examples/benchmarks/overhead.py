@@ -26,6 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 LEARNING_RATE, DAMPING = 1e-3, 1.0
+# More than any model here has.
+ALL_ROWS = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Benchmark:
         classes: integer, how many classes; `None` if the model reproduces its inputs.
         embeds: whether the inputs are tokens, so that the first kernel needs an input gradient too, for the embedding.
         attention: integer, the multiplications of a plain step that involve no kernel.
-        variants: dictionary, the `max_rows` to compare, by name.
+        shares: whether positions share the kernels, so that `max_rows` matters.
     """
 
     build: Callable
@@ -50,14 +52,20 @@ class Benchmark:
     classes: int | None
     embeds: bool = False
     attention: int = 0
-    variants: dict = dataclasses.field(default_factory=lambda: {"256 rows": 256, "all rows": None})
+    shares: bool = True
+
+    @property
+    def variants(self):
+        """The `max_rows` to compare, by name."""
+        return {"ISAAC": None, "all rows": ALL_ROWS} if self.shares else {"ISAAC": None}
 
     def floor(self, variant):
         """The multiplications of a conditioned step over those of a plain one."""
         # Forward, kernel gradient, input gradient.
         plain = self.attention + sum(3 * math.prod(product) for product in self.products)
         plain -= 0 if self.embeds else math.prod(self.products[0])
-        return 1 + sum(added_multiplications(*product, self.variants[variant]) for product in self.products) / plain
+        max_rows = self.variants[variant] if self.shares else ALL_ROWS
+        return 1 + sum(added_multiplications(*product, max_rows) for product in self.products) / plain
 
     def data(self, steps):
         """Random inputs and targets; the time does not depend on them."""
@@ -78,7 +86,7 @@ def added_multiplications(rows, num_in, num_out, max_rows):
     from keras_isaac.curvature.record import KernelCall
     from keras_isaac.curvature.rows import Rows
 
-    kept = rows if max_rows is None else min(rows, max_rows)
+    kept = min(rows, plan.num_kept(rows, num_in, num_out, max_rows))
     sampled = Rows(keras.KerasTensor((kept, num_in)), kept, rows, rows)
     return plan.added_multiplications(KernelCall((num_in, num_out), sampled, has_product=kept == rows))
 
@@ -96,9 +104,8 @@ def dense(sizes, batch, tokens=None):
         return keras.Sequential([keras.Input(input_shape), *layers])
 
     products = [(batch * (tokens or 1), *shape) for shape in shapes]
-    # Without positions that share a kernel, all rows count.
-    variants = {"variants": {"ISAAC": None}} if tokens is None else {}
-    return Benchmark(build, products, batch, input_shape, None if sizes[0] == sizes[-1] else sizes[-1], **variants)
+    classes = None if sizes[0] == sizes[-1] else sizes[-1]
+    return Benchmark(build, products, batch, input_shape, classes, shares=tokens is not None)
 
 
 def transformer(batch=16, tokens=128, width=256, heads=4, blocks=2, vocabulary=128):
@@ -302,7 +309,7 @@ def measure_in_processes(name, num_processes):
 def measure(name, benchmark, arguments, package, fresh):
     """Lets the contenders take turns; returns a dictionary of results for each that has a plain one."""
     plain_of = {"plain": None, **dict.fromkeys(benchmark.variants, "plain")}
-    if package and "ISAAC" in benchmark.variants:
+    if package and not benchmark.shares:
         plain_of |= {"package in fit": "plain", "plain loop": None, "package in loop": "plain loop"}
     trainers = {contender: make_trainer(benchmark, contender) for contender in plain_of}
     trainers["plain"](*benchmark.data(1))
@@ -369,7 +376,7 @@ def save_picture(results, path, title):
     import matplotlib.pyplot as plt
 
     labels = {"width": "width, at batch 60", "batch": "batch, at width 400", "tokens": "tokens, at batch 4 and width 256"}
-    colors = {"ISAAC": "#0072b2", "256 rows": "#0072b2", "all rows": "#d55e00"}
+    colors = {"ISAAC": "#0072b2", "all rows": "#d55e00"}
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), constrained_layout=True)
     for axis, (quantity, label) in zip(axes, labels.items(), strict=True):
         chosen = [result for result in results if result["model"].startswith(quantity)]

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-TIME_STEP, NUM_STEPS = 0.05, 20
+TIME_STEP, NUM_STEPS = 0.05, 10
 # Mean and scale of the state, and scale of its change in a step, so that the network sees and returns numbers near 1.
 MEAN, SCALE, CHANGE = np.array([0.0, 0.0, 23.5]), np.array([8.0, 9.0, 8.6]), 0.3
 
@@ -27,9 +27,9 @@ def _advance(state, num_parts=10):
 
 
 def lorenz():
-    """States on the attractor; targets are the next state's change for training, and the next 20 states for the rest."""
+    """States on the attractor; targets are the next state's change for training, and the next ten states for the rest."""
     random = np.random.default_rng(0)
-    state = random.normal(size=(400 + 40 + 80, 3)) * SCALE + MEAN
+    state = random.normal(size=(400 + 200 + 200, 3)) * SCALE + MEAN
     states = []
     # The first steps lead to the attractor.
     for number in range(100 + 50 + NUM_STEPS):
@@ -37,7 +37,7 @@ def lorenz():
         if number >= 100:
             states.append((state - MEAN) / SCALE)
     states = np.stack(states, axis=1).astype("float32")
-    training, *held_out = np.split(states, [400, 440])
+    training, *held_out = np.split(states, [400, 600])
     x, following = training[:, :50].reshape(-1, 3), training[:, 1:51].reshape(-1, 3)
     parts = [(x, (following - x) / CHANGE)]
     for part in held_out:
@@ -55,7 +55,7 @@ def forecaster(seed):
 
 
 def forecast_error(call, x, y):
-    """The mean squared error of 20 predicted states, each predicted from the one before."""
+    """The mean squared error of ten predicted states, each predicted from the one before."""
     errors = []
     for step in range(NUM_STEPS):
         x = x + CHANGE * call(x)
