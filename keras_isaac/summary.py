@@ -243,6 +243,12 @@ def _print(model: keras.Model, statuses: list[KernelStatus], batch_size: int, sh
         f"{len(conditioned)} of {len(trainable)} trainable kernels are conditioned "
         f"({params:,} of {all_params:,} parameters, {100 * params / max(all_params, 1):.1f}%)."
     )
+    is_reduced = any(status.num_sampled != status.rows for status in conditioned if status.side != plan.DIAGONAL)
+    if is_reduced and all(isaac.max_rows is None for isaac in isaacs_in(optimizer)):
+        lines.append(
+            f"Where positions share a kernel, it uses as many rows as add {100 * plan.BUDGET:.0f}% to its layer, and at least "
+            f"{plan.MIN_ROWS}. ISAAC(max_rows=...) sets another number."
+        )
     lines.append(_cost(conditioned, total, batch_size))
     cells = [(f"{each.path}\n({each.layer})", _size(each), _form(each), _share(each.added, total)) for each in shown]
     width = shutil.get_terminal_size().columns
@@ -259,9 +265,9 @@ def _cost(conditioned: list[KernelStatus], total: int, batch_size: int) -> str:
         return cost
     status = max(conditioned, key=lambda status: status.added or 0)
     remedies = []
-    # Only the positions of sequences and images are subsampled.
+    # Only positions of sequences and images are summed or sampled.
     if status.num_sampled and status.rows and status.rows > batch_size:
-        remedies.append(f"ISAAC(max_rows={max(status.num_sampled // 4, 1)})")
+        remedies.append(f"ISAAC(max_rows={max(status.num_sampled // 2, 1)})")
     if len(conditioned) > 1:
         remedies.append("capture_inputs(model, exclude=...)")
     if not remedies:

@@ -125,8 +125,8 @@ def test_a_long_name_wraps_at_its_slashes_and_no_column_is_lost(capsys, monkeypa
 @pytest.mark.parametrize(
     ("layer", "advice"),
     [
-        (layers.Conv1D(4, 3, name="costly"), "write ISAAC(max_rows=144) or capture_inputs(model, exclude=...)."),
-        (layers.Dense(40, name="costly"), "write ISAAC(max_rows=160) or capture_inputs(model, exclude=...)."),
+        (layers.Conv1D(4, 3, name="costly"), "write ISAAC(max_rows=288) or capture_inputs(model, exclude=...)."),
+        (layers.Dense(40, name="costly"), "write ISAAC(max_rows=320) or capture_inputs(model, exclude=...)."),
     ],
     ids=["convolution", "dense"],
 )
@@ -141,6 +141,18 @@ def test_a_high_cost_names_the_costliest_kernel_and_a_remedy(layer, advice, caps
     # Half of what the small kernel itself takes, or more, but little of the whole.
     assert head.added > 0.5 * head.multiplications
     assert re.search(r"head/kernel 32 x \d+ x 3 (feature|sample) \+[0-9]\.\d%", text), text
+
+
+def test_the_budget_of_rows_is_explained_where_it_applies(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    inputs = keras.Input((20, 40))
+    model = capture_inputs(keras.Model(inputs, layers.Dense(40)(inputs)))
+    budget = "Where positions share a kernel, it uses as many rows as add 5% to its layer, and at least 64."
+    for options, batch_size, is_explained in (({}, 32, True), ({}, 2, False), ({"max_rows": 128}, 32, False)):
+        model.compile(optimizer=keras_isaac.ISAAC(**options))
+        (status,) = keras_isaac.summary(model, batch_size)
+        assert (status.num_sampled < status.rows) == (batch_size == 32)
+        assert (budget in " ".join(capsys.readouterr().out.split())) == is_explained
 
 
 @pytest.mark.parametrize(
