@@ -188,7 +188,7 @@ def test_jax_replicas_condition_on_their_own_rows_on_request(jax_results, kind, 
 @needs_jax
 def test_jax_replicas_of_groups_and_with_an_output_damping(jax_results):
     assert_close([np.asarray(jax_results["groups"])], [np.asarray(jax_results["groups by parts"])], 1e-5)
-    assert "Train on batches of a multiple of 4 samples. Received: a batch that makes 6 rows" in jax_results["uneven"]
+    assert "Train on batches of a multiple of 4 samples: `per_replica=True` splits" in jax_results["uneven"]
 
 
 # TensorFlow: a replica a device, each tracing the step in a thread of its own.
