@@ -67,7 +67,7 @@ class ISAAC(OptimizerWrapper):
             position is a row; `"reduce"`, a sample's mean over its positions is one. Defaults to `"expand"`. The terms are
             of [Eschenhagen et al., 2023](https://arxiv.org/abs/2311.00636).
         max_rows: integer, the most rows that condition a kernel which positions share: of more positions, sums under random
-            signs are formed. It changes the cost, not the unit of the damping. Defaults to `None`: as many as add at most 5 %
+            signs are formed. It changes the cost, not the unit of the damping. Defaults to `None`: as many as add at most 10 %
             to the layer's own multiplications, and at least 64.
         per_replica: boolean, whether each replica of a `keras.distribution` on JAX conditions its gradient on its own rows, as
             replicas do on TensorFlow and PyTorch in any case: no more crosses devices then than in a plain step. It holds for

@@ -8,6 +8,8 @@ Products and inverses:
   below.
 - `relative_damping(damping, total, rank)`: δ tr(M)/rank, above zero.
 - `damped_projection(matrix, total, damping, rows)`: λ (λI + M)⁻¹ X, `total` being tr(M).
+- `eager_projection(rows, factor, damping, is_relative)`: λ (λI + XXᵀ/r)⁻¹ times a factor for rows X, in fewer operations, where
+  a backend is eager; else `None`.
 - `damped_inverse(matrix, total, damping)`: (λI + M)⁻¹.
 - `damped_inverse_root(matrix, total, damping, rows)`: RF with RᵀR = (λI + M)⁻¹, R the inverse of the Cholesky factor.
 - `transpose(matrix)`, `stop_gradient(tensor)`: as in `keras.ops`.
@@ -65,6 +67,7 @@ constant = _backend.constant
 damped_inverse = _backend.damped_inverse
 damped_inverse_root = _backend.damped_inverse_root
 damped_projection = _backend.damped_projection
+eager_projection = _backend.eager_projection
 gate = _backend.gate
 gradients_of = _backend.gradients_of
 is_indefinite = _backend.is_indefinite

@@ -76,6 +76,11 @@ def damped_projection(matrix, total, damping, rows):
     return jnp.where(jnp.isfinite(projected), projected, damping / (damping + total) * rows)
 
 
+def eager_projection(rows, factor, damping, is_relative):
+    """Returns `None`: `damped_projection` is compiled."""
+    return None
+
+
 def damped_inverse(matrix, total, damping):
     """Returns (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total`."""
     inverse = _unguarded_inverse(matrix, total, damping)

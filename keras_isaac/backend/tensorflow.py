@@ -88,6 +88,11 @@ def is_indefinite(matrix, total, damping, is_root=False):
     return ~tf.reduce_all(tf.math.is_finite(tf.linalg.cholesky(damped)), axis=(-2, -1))
 
 
+def eager_projection(rows, factor, damping, is_relative):
+    """Returns `None`: `damped_projection` is compiled."""
+    return None
+
+
 def damped_inverse(matrix, total, damping):
     """Returns (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total`."""
     damping = tf.convert_to_tensor(damping, matrix.dtype)

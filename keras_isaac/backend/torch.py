@@ -121,6 +121,34 @@ def damped_projection(matrix, total, damping, rows):
     return torch.where(failed, bounded, damping * torch.cholesky_solve(rows, factor))
 
 
+def eager_projection(rows, factor, damping, is_relative):
+    """Returns P times a factor, P = λ (λI + XXᵀ/r)⁻¹ for rows X `[r, n]`; or `None` where `damped_projection` has to do it.
+
+    On a CPU, where numbers can be read: one product with the damping folded into it, a Cholesky factor and its inverse.
+    """
+    if not is_in_numbers(rows) or _rounds_products():
+        return None
+    num_rows, num_in = rows.shape
+    total = torch.linalg.vector_norm(rows).item() ** 2
+    damping = float(damping)
+    damping = damping * total / min(num_rows, num_in) if is_relative else damping * num_rows
+    if not total < 1 / _TINY:
+        return None
+    damping = min(max(damping, _TINY), 1 / _TINY)
+    in_force = max(damping, torch.finfo(rows.dtype).eps / num_rows * total + _TINY)
+    damped = torch.addmm(_identity(num_rows, rows.dtype), rows, rows.mT, alpha=1 / in_force)
+    factor_of_damped, failed_at = torch.linalg.cholesky_ex(damped)
+    if failed_at.item() != 0:
+        return None
+    projected = torch.cholesky_inverse(factor_of_damped) @ factor
+    return projected if in_force == damping else projected * (damping / in_force)
+
+
+@functools.lru_cache(maxsize=32)
+def _identity(size, dtype):
+    return torch.eye(size, dtype=dtype)
+
+
 def damped_inverse(matrix, total, damping):
     """Returns (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total`."""
     if matrix.shape[-1] == 0:

@@ -29,6 +29,7 @@ from keras_isaac.backend import (
     damped_inverse,
     damped_inverse_root,
     damped_projection,
+    eager_projection,
     matmul,
     relative_damping,
     stop_gradient,
@@ -54,11 +55,17 @@ def sample_side(rows, output_gradient, damping, is_relative=False):
         Tensor `[..., in, out]`, float32 or float64. Where XXᵀ overflows (rows beyond 1e18), it vanishes.
     """
     rows, output_gradient, damping = in_full_precision(rows, output_gradient, damping)
-    gram = _sample_gram(rows, damping, is_relative)
     # P is multiplied into the narrower of the two factors.
     if rows.shape[-1] <= output_gradient.shape[-1]:
-        return transpose(damped_projection(*gram, rows)) @ output_gradient
-    return transpose(rows) @ damped_projection(*gram, output_gradient)
+        return transpose(_projected(rows, rows, damping, is_relative)) @ output_gradient
+    return transpose(rows) @ _projected(rows, output_gradient, damping, is_relative)
+
+
+def _projected(rows, factor, damping, is_relative):
+    """Returns P times a factor `[..., rows, columns]`."""
+    rows = stop_gradient(rows)
+    projected = eager_projection(rows, factor, damping, is_relative)
+    return damped_projection(*_sample_gram(rows, damping, is_relative), factor) if projected is None else projected
 
 
 @traced_once
@@ -146,9 +153,9 @@ def condition_product(rows, output_gradient, damping, form, is_relative, dtype):
         is_relative: boolean, whether the damping is in units of the mean eigenvalue.
         dtype: of the result.
     """
-    rows, output_gradient = in_full_precision(rows, output_gradient)
     if form == plan.SAMPLE:
         return cast(sample_side(rows, output_gradient, damping, is_relative), dtype)
+    rows, output_gradient = in_full_precision(rows, output_gradient)
 
     def few():
         return sample_side(rows, output_gradient, damping, is_relative)
@@ -206,7 +213,7 @@ def _count(count, rows):
 def in_full_precision(rows, *others):
     """Returns the tensors in float64 if the first one is, and else in float32."""
     dtype = "float64" if _name_of(rows.dtype) == "float64" else "float32"
-    return [cast(tensor, dtype) for tensor in (rows, *others)]
+    return [tensor if _name_of(tensor.dtype) == dtype else ops.cast(tensor, dtype) for tensor in (rows, *others)]
 
 
 def cast(tensor, dtype):

@@ -10,7 +10,7 @@ SAMPLE, WOODBURY, FEATURE, DIAGONAL = "sample", "Woodbury", "feature", "diagonal
 
 # The share of a layer's own multiplications that conditioning may add where positions share the kernel, and the number of rows
 # that are always affordable.
-BUDGET = 0.05
+BUDGET = 0.1
 MIN_ROWS = 64
 # Rows read, of which sums are formed. Reading costs little against a product with a kernel.
 NUM_READ = 1024
@@ -28,9 +28,8 @@ def choose(call: "KernelCall") -> str | None:
     """
     if call.rows is None:
         return DIAGONAL
-    if call.num_rows is None:
-        return None
-    return _form(call.num_rows, call.num_in, call.has_product)
+    num_rows, num_in = call.rows.values.shape[-2:]
+    return None if num_rows is None else _form(num_rows, num_in, call.has_product)
 
 
 def num_kept(num_total: int | None, num_in: int, num_out: int, max_rows: int | None) -> int:

@@ -41,19 +41,29 @@ def product(inputs: Any, kernel: Any, conditioning: Conditioning, mask: Any = No
         mask: tensor `[(groups,) samples, *positions]`, with or without the groups, true where a position is valid, or `None`.
         num_groups: 1 if there is an axis of groups, else 0.
     """
-    # `matmul` would promote integers.
-    inputs = cast(ops.convert_to_tensor(inputs), kernel.dtype)
+    if inputs.dtype != kernel.dtype:
+        # `matmul` would promote integers.
+        inputs = cast(ops.convert_to_tensor(inputs), kernel.dtype)
     is_shared = len(inputs.shape) > num_groups + 2
-    has_product = mask is None and not (is_shared and conditioning.weight_sharing == "reduce")
-    if conditioning.per_replica and has_product and layout.num_replicas() > 1:
+    if mask is not None or (is_shared and conditioning.weight_sharing == "reduce"):
+        rows = sampled_rows(inputs, conditioning, mask, num_groups)
+        return ops.matmul(inputs, conditioned(kernel, conditioning, rows))
+    if conditioning.per_replica and layout.num_replicas() > 1:
         return _product_by_replica(inputs, kernel, conditioning, num_groups)
-    matrix = _as_matrix(inputs, num_groups) if is_shared else inputs
-    if has_product:
-        num_total = expected_total(inputs.shape[num_groups:-1])
-        outputs = _conditioned_product(matrix, kernel, conditioning, is_shared, num_total)
-    else:
-        outputs = matrix @ conditioned(kernel, conditioning, sampled_rows(inputs, conditioning, mask, num_groups))
-    return ops.reshape(outputs, (*ops.shape(inputs)[:-1], kernel.shape[-1])) if is_shared else outputs
+    if not is_shared:
+        num_rows = inputs.shape[-2]
+        rows = (
+            product_rows(inputs, conditioning, False, num_rows)
+            if num_rows is None
+            else Rows(inputs, num_rows, num_rows, num_rows)
+        )
+        return _conditioned_product(inputs, kernel, conditioning, rows, is_whole=True)
+    matrix = _as_matrix(inputs, num_groups)
+    rows = product_rows(matrix, conditioning, True, expected_total(inputs.shape[num_groups:-1]))
+    rows = condensed(rows, tuple(kernel.shape), conditioning)
+    # Of an open number of rows, some may be left out.
+    outputs = _conditioned_product(matrix, kernel, conditioning, rows, rows.values is matrix and matrix.shape[-2] is not None)
+    return ops.reshape(outputs, (*ops.shape(inputs)[:-1], kernel.shape[-1]))
 
 
 def _as_matrix(inputs: Any, num_groups: int) -> Any:
@@ -63,29 +73,24 @@ def _as_matrix(inputs: Any, num_groups: int) -> Any:
     return ops.reshape(inputs, (*shape[:num_groups], math.prod(shape[num_groups:-1]), shape[-1]))
 
 
-def _conditioned_product(matrix: Any, kernel: Any, conditioning: Conditioning, is_shared: bool, num_total: int | None) -> Any:
-    """Returns `matrix @ kernel` of rows `[(groups,) rows, in]`, all valid."""
-    shape = tuple(kernel.shape)
-    rows = condensed(product_rows(matrix, conditioning, is_shared, num_total), shape, conditioning)
-    # Whether the rows are all rows of the product: of an open number of shared rows, some may be left out.
-    is_whole = rows.values is matrix and not (is_shared and matrix.shape[-2] is None)
-    # The norm is known once the gradient is finished.
-    has_product = is_whole and (conditioning.output_damping is not None or not conditioning.preserve_norm)
+def _conditioned_product(matrix: Any, kernel: Any, conditioning: Conditioning, rows: Rows, is_whole: bool) -> Any:
+    """Returns `matrix @ kernel`, conditioned on rows of the matrix, or on all if `is_whole`."""
+    # A norm is known once the gradient is finished.
+    has_product = is_whole and not (conditioning.preserve_norm and conditioning.output_damping is None)
     num_output_rows = None
     if conditioning.output_damping is not None:
-        num_output_rows = _num_output_rows(matrix, shape, conditioning, is_shared, num_total)
-    call = KernelCall(shape, rows, has_product, num_output_rows)
-    conditioning.note(call)
+        num_output_rows = _num_output_rows(matrix, tuple(kernel.shape), conditioning, rows)
+    call = KernelCall(tuple(kernel.shape), rows, has_product, num_output_rows)
+    if conditioning.record is not None:
+        conditioning.note(call)
     return operations.conditioned_matmul(matrix, kernel, rows, has_product, plan.choose(call), conditioning)
 
 
-def _num_output_rows(
-    matrix: Any, shape: tuple, conditioning: Conditioning, is_shared: bool, num_total: int | None
-) -> int | None:
+def _num_output_rows(matrix: Any, shape: tuple, conditioning: Conditioning, rows: Rows) -> int | None:
     num_rows = matrix.shape[-2]
-    if not is_shared or num_rows is None:
+    if not rows.is_shared or num_rows is None:
         return num_rows
-    num_sums = plan.num_kept(num_total, shape[-1], shape[-2], conditioning.max_rows)
+    num_sums = plan.num_kept(rows.num_total, shape[-1], shape[-2], conditioning.max_rows)
     return min(num_rows, num_read(conditioning), num_sums)
 
 
