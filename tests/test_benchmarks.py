@@ -102,9 +102,13 @@ muon, default = load(swap.SWAPPED)[-1], keras.optimizers.Muon()
 np.testing.assert_allclose((muon["rate"], muon["second"]), (float(default.learning_rate), default.weight_decay))
 
 call(swap.main, "--bases", "AdamW", "--time")
+page = swap.Path("page.md")
+page.write_text(f"before\\n{report.FIRST}old\\n{report.LAST}after\\n")
 with redirect_stdout(io.StringIO()) as output:
-    sys.argv = ["report.py"]
+    sys.argv = ["report.py", "--page", "page.md"]
     report.main()
+assert page.read_text().startswith("before") and page.read_text().endswith("after\\n") and "old" not in page.read_text()
+assert "| AdamW | best | 1 | 1 |" in page.read_text()
 text = output.getvalue()
 assert "| AdamW | best | 1 | 1 |" in text and "| Keras Muon | defaults | 1 | 1 |" in text, text
 assert "Time of a step" in text and "| ISAAC + AdamW |" in text, text

@@ -1,6 +1,6 @@
 """The tables (in Markdown) and pictures of what `evidence.py` and `swap.py` stored in `results/`.
 
-    python report.py [--pictures FOLDER]
+    python report.py [--pictures FOLDER] [--page RESULTS.md]
 
 Of a searched method the table shows the setting with the lowest validation loss by its test loss: the mean over the seeds, and
 the standard error.
@@ -33,6 +33,7 @@ from tasks import KNOWN, UNSEEN
 
 TUNED = ("AdamW", "Muon", "Keras Muon", "SOAP", "ISAAC + AdamW, tuned", "ISAAC + Muon, tuned")
 OTHERS = ("AdamW", "momentum", "Lion", "ScheduleFreeAdamW", "K-FAC")
+FIRST, LAST = "<!-- tables of report.py -->\n", "<!-- end of the tables -->\n"
 # The picture of the project's first page.
 PICTURED = ("cnn", "denoiser", "diamonds", "transformer")
 
@@ -169,11 +170,8 @@ def save_picture(path, tasks, base="AdamW"):
     print(f"saved {path}")
 
 
-def main():
-    """Reports."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, default=Path(), help="where they go (default: here)")
-    arguments = parser.parse_args()
+def print_tables():
+    """Prints all tables except the details of each task."""
     print_swaps(KNOWN, "Known tasks")
     print_swaps(UNSEEN, "Unseen tasks")
     print_costs(KNOWN + UNSEEN, "milliseconds", "Time of a step on one CPU core")
@@ -181,6 +179,20 @@ def main():
     for horizon in HORIZONS:
         print_comparison(KNOWN + UNSEEN, horizon, TUNED, "Searched with equal budgets: test loss")
         print_comparison(KNOWN + UNSEEN, horizon, OTHERS, "Other optimizers: test loss")
+
+
+def main():
+    """Reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=Path, default=Path(), help="where they go (default: here)")
+    parser.add_argument("--page", type=Path, help="replace the tables of this page, such as RESULTS.md")
+    arguments = parser.parse_args()
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        print_tables()
+    print(output.getvalue())
+    if arguments.page:
+        before, rest = arguments.page.read_text().split(FIRST)
+        arguments.page.write_text(f"{before}{FIRST}{output.getvalue()}{LAST}{rest.split(LAST)[1]}")
     for task in KNOWN + UNSEEN:
         print_details(task)
     save_picture(arguments.pictures / "swap.png", PICTURED)
