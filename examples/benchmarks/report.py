@@ -177,8 +177,8 @@ def print_tables():
     print_costs(KNOWN + UNSEEN, "milliseconds", "Time of a step on one CPU core")
     print_costs(KNOWN + UNSEEN, "megabytes", "Peak memory of a process of ten steps")
     for horizon in HORIZONS:
-        print_comparison(KNOWN + UNSEEN, horizon, TUNED, "Searched with equal budgets: test loss")
-        print_comparison(KNOWN + UNSEEN, horizon, OTHERS, "Other optimizers: test loss")
+        print_comparison(KNOWN + UNSEEN, horizon, TUNED, "Each at its best setting: test loss")
+        print_comparison(KNOWN + UNSEEN, horizon, OTHERS, "Other optimizers at their best setting: test loss")
 
 
 def main():
