@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import keras
 
 from keras_isaac import backend, keras_hooks, scope
-from keras_isaac.layers import adapter_of, kernels_of
+from keras_isaac.layers import adapter_of
 from keras_isaac.selection import walk
 
 
@@ -69,14 +69,17 @@ def captured_throughout(root: keras.Layer) -> Iterator[None]:
 
 def _captured_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
     if scope.is_open():
-        conditionings = {}
-        for kernel in kernels_of(layer):
-            conditioning = scope.conditioning_of(kernel)
+        adapter, conditionings = adapter_of(layer), {}
+        for kernel in adapter.kernels(layer):
+            # A kernel that the layer computes is no variable. See `kernels_of`.
+            conditioning = scope.conditioning_of(kernel) if isinstance(kernel, keras.Variable) else None
             if conditioning is not None and conditioning.chooses(layer):
                 conditioning.on_use()
-                conditionings[id(kernel)] = conditioning.of_kernel(kernel)
+                if conditioning.record is not None or conditioning.output_damping is not None:
+                    conditioning = conditioning.of_kernel(kernel)
+                conditionings[id(kernel)] = conditioning
         if conditionings:
-            return adapter_of(layer).call(layer, lambda kernel: conditionings.get(id(kernel)), *args, **kwargs)
+            return adapter.call(layer, lambda kernel: conditionings.get(id(kernel)), *args, **kwargs)
     elif (
         kwargs.get("training") is not False and backend.is_tracing(args[0] if args else layer.variables[0]) and is_chosen(layer)
     ):

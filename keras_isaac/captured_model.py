@@ -102,7 +102,7 @@ class CapturedModel:
         """Opens the scope of every `ISAAC` of the model for one training step."""
         model = self._model
         isaacs = isaacs_in(model.optimizer) if self.is_captured else []
-        if isaacs and has_several(model.optimizer) and not model.optimizer.built and is_built(model):
+        if isaacs and not model.optimizer.built and has_several(model.optimizer) and is_built(model):
             # TensorFlow builds it at the end of the first step, but which optimizer trains a kernel is known once it is built.
             model.optimizer.build(model.trainable_variables)
         mapping = [] if optimizer_values is None else list(zip(model.optimizer.variables, optimizer_values, strict=True))

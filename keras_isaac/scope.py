@@ -49,8 +49,6 @@ class Conditioning:
 
     def of_kernel(self, kernel):
         """Returns this for one kernel: `record` is called with it, and errors name it."""
-        if self.record is None and self.output_damping is None:
-            return self
         record = None if self.record is None else functools.partial(self.record, kernel)
         return dataclasses.replace(self, record=record, path=kernel.path)
 

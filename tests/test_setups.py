@@ -6,6 +6,7 @@ Each run is compared with one that was computed by another route: in NumPy, with
 import contextlib
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
@@ -810,3 +811,26 @@ def test_variables_that_come_into_being_after_the_call(built, several, run_eager
     assert len(plain) == 4
     assert_close(after(paper_isaac(0.1, HUGE), capture_inputs), plain, 1e-5)
     assert_differ(after(paper_isaac(0.1, 0.1), capture_inputs), plain, 1e-3)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="elsewhere Python does not run in a step")
+def test_a_dense_layer_takes_few_calls_of_the_package_in_a_step():
+    """Eager PyTorch pays for each of them in every step."""
+    root, calls = str(Path(inspect.getfile(ISAAC)).parent), []
+    model = capture_inputs(keras.Sequential([keras.Input((40,)), layers.Dense(40)]))
+    model.compile(optimizer=ISAAC(inner_optimizer="sgd"), loss="mse")
+    x = np.random.default_rng(0).normal(size=(6, 40)).astype("float32")
+    model.train_on_batch(x, x)
+    data = (keras.ops.convert_to_tensor(x),) * 2
+
+    def note(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename.startswith(root):
+            calls.append(frame.f_code)
+
+    sys.setprofile(note)
+    try:
+        model.train_step(data)
+    finally:
+        sys.setprofile(None)
+    assert 20 < len(calls) <= 48
+    assert len(set(calls)) <= 46

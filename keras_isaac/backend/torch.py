@@ -89,7 +89,7 @@ def trace_of_gram(rows, gram):
 
 def is_in_numbers(matrix):
     """Whether traces and dampings are read as numbers: eager PyTorch pays for operations on tensors, and a CPU has no queue."""
-    if not is_on_cpu(matrix) or matrix.ndim != 2 or matrix.shape[-1] == 0 or torch.compiler.is_compiling():
+    if matrix.device.type != "cpu" or matrix.ndim != 2 or matrix.shape[-1] == 0 or torch.compiler.is_compiling():
         return False
     try:
         matrix.data_ptr()
@@ -126,7 +126,7 @@ def eager_projection(rows, factor, damping, is_relative):
 
     On a CPU, where numbers can be read: one product with the damping folded into it, a Cholesky factor and its inverse.
     """
-    if not is_in_numbers(rows) or _rounds_products():
+    if not is_in_numbers(rows) or torch.get_float32_matmul_precision() != "highest":
         return None
     num_rows, num_in = rows.shape
     total = torch.linalg.vector_norm(rows).item() ** 2

@@ -30,11 +30,6 @@ def _with_fast_path(function):
     return apply
 
 
-def _save(ctx, *tensors):
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-
-
 def _mapped(tensor, axis, size):
     """Returns a tensor with the axis that `torch.func.vmap` maps in front."""
     if tensor is None or (axis is None and tensor.ndim == 0):
@@ -52,13 +47,14 @@ class _gate(torch.autograd.Function):  # noqa: N801 (a function to whoever calls
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         ctx.condition, _, _, *residuals = inputs
-        _save(ctx, *residuals)
+        ctx.save_for_backward(*residuals)
+        ctx.save_for_forward(*residuals)
 
     @staticmethod
     def backward(ctx, output_gradient):
         # Read once: recomputation does not give them a second time.
         residuals = ctx.saved_tensors
-        return None, None, ctx.condition(output_gradient, *residuals), *(None for _ in residuals)
+        return None, None, ctx.condition(output_gradient, *residuals), *[None] * len(residuals)
 
     @staticmethod
     def jvp(ctx, _, __, kernel_tangent, *___):
@@ -90,7 +86,8 @@ class _product(torch.autograd.Function):  # noqa: N801
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         ctx.functions, *tensors = inputs
-        _save(ctx, *tensors)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx, output_gradient):
@@ -103,7 +100,7 @@ class _product(torch.autograd.Function):  # noqa: N801
             rows_gradient = output_gradient @ kernel.mT
         if ctx.needs_input_grad[2]:
             kernel_gradient = ctx.functions.condition(rows, output_gradient, *residuals)
-        return None, rows_gradient, kernel_gradient, *(None for _ in residuals)
+        return None, rows_gradient, kernel_gradient, *[None] * len(residuals)
 
     @staticmethod
     def jvp(ctx, _, rows_tangent, kernel_tangent, *__):

@@ -154,7 +154,8 @@ def condition_product(rows, output_gradient, damping, form, is_relative, dtype):
         dtype: of the result.
     """
     if form == plan.SAMPLE:
-        return cast(sample_side(rows, output_gradient, damping, is_relative), dtype)
+        conditioned = sample_side(rows, output_gradient, damping, is_relative)
+        return conditioned if conditioned.dtype == dtype else ops.cast(conditioned, dtype)
     rows, output_gradient = in_full_precision(rows, output_gradient)
 
     def few():
@@ -213,7 +214,12 @@ def _count(count, rows):
 def in_full_precision(rows, *others):
     """Returns the tensors in float64 if the first one is, and else in float32."""
     dtype = "float64" if _name_of(rows.dtype) == "float64" else "float32"
-    return [tensor if _name_of(tensor.dtype) == dtype else ops.cast(tensor, dtype) for tensor in (rows, *others)]
+    tensors = [rows, *others]
+    # A loop calls no function, which eager PyTorch would pay for.
+    for place, tensor in enumerate(tensors):
+        if _name_of(tensor.dtype) != dtype:
+            tensors[place] = ops.cast(tensor, dtype)
+    return tensors
 
 
 def cast(tensor, dtype):

@@ -81,8 +81,7 @@ def conditioned_matmul(
     def tangent(inputs, kernel_tangent, damping):
         return conditioner.sample_side_tangent(inputs, kernel_tangent, damping, is_relative)
 
-    def condition(inputs, output_gradient, damping):
-        return conditioner.condition_product(inputs, output_gradient, damping, form, is_relative, dtype)
+    condition = functools.partial(conditioner.condition_product, form=form, is_relative=is_relative, dtype=dtype)
 
     def gate(kernel, inputs, damping):
         return conditioned_kernel(kernel, rows._replace(values=inputs), None, conditioning)

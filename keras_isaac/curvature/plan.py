@@ -29,7 +29,9 @@ def choose(call: "KernelCall") -> str | None:
     if call.rows is None:
         return DIAGONAL
     num_rows, num_in = call.rows.values.shape[-2:]
-    return None if num_rows is None else _form(num_rows, num_in, call.has_product)
+    if num_rows is None:
+        return None
+    return SAMPLE if call.has_product and num_rows <= num_in else _form(num_rows, num_in)
 
 
 def num_kept(num_total: int | None, num_in: int, num_out: int, max_rows: int | None) -> int:
@@ -49,14 +51,13 @@ def num_kept(num_total: int | None, num_in: int, num_out: int, max_rows: int | N
         return MIN_ROWS
     allowed = BUDGET * 3 * num_total * num_in * num_out
     kept = NUM_READ
-    while kept > MIN_ROWS and _cost(_form(kept, num_in, False), kept, num_in, num_out) > allowed:
+    while kept > MIN_ROWS and _cost(_form(kept, num_in), kept, num_in, num_out) > allowed:
         kept //= 2
     return kept
 
 
-def _form(num_rows: int, num_in: int, has_product: bool) -> str:
-    if has_product and num_rows <= num_in:
-        return SAMPLE
+def _form(num_rows: int, num_in: int) -> str:
+    """Returns the form for a finished gradient."""
     return WOODBURY if num_rows < num_in else FEATURE
 
 
@@ -71,7 +72,7 @@ def added_multiplications(call: "KernelCall") -> int:
         return groups * (num_in + num_rows * num_out)
     added = _cost(form, num_rows, num_in, num_out)
     if call.num_output_rows is not None:
-        added += _cost(_form(call.num_output_rows, num_out, False), call.num_output_rows, num_out, num_in)
+        added += _cost(_form(call.num_output_rows, num_out), call.num_output_rows, num_out, num_in)
     return groups * added
 
 

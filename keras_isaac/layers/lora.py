@@ -20,10 +20,10 @@ def has_lora(layer: keras.Layer) -> bool:
 
 def main_kernels(layer: Any) -> list[keras.Variable]:
     """Returns the kernel of a layer, or LoRA's two factors; of a quantized layer, what trains of them."""
-    if has_lora(layer):
+    if getattr(layer, "lora_enabled", False) and has_lora(layer):
         return [layer.lora_kernel_a, layer.lora_kernel_b]
     # Float8 multiplies a float kernel, rounded. Other modes have no kernel that trains.
-    return [layer.kernel] if quantization(layer) in (None, "float8") else []
+    return [layer.kernel] if getattr(layer, "quantization_mode", None) in (None, "float8") else []
 
 
 def conditioned_factors(
