@@ -80,6 +80,11 @@ def _captured_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
                 conditionings[id(kernel)] = conditioning
         if conditionings:
             return adapter.call(layer, lambda kernel: conditionings.get(id(kernel)), *args, **kwargs)
+    elif scope.is_recomputed_outside() and is_chosen(layer):
+        raise ValueError(
+            f"Call `loss.backward()` inside `with optimizer.conditioning():`. It recomputes layer '{layer.path}' "
+            "(`torch.utils.checkpoint`), which is conditioned only inside of that block."
+        )
     elif (
         kwargs.get("training") is not False and backend.is_tracing(args[0] if args else layer.variables[0]) and is_chosen(layer)
     ):

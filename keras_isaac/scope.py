@@ -8,8 +8,11 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from keras_isaac import backend
 
 _open_scopes = contextvars.ContextVar("keras_isaac_conditioning", default=())
 
@@ -75,53 +78,81 @@ class Conditioning:
 
 
 @contextlib.contextmanager
-def open_scope(conditioning):
-    """Opens the scope for `conditioning`; an inner scope goes before an outer one."""
-    token = _open_scopes.set((conditioning, *_open_scopes.get()))
-    try:
+def open_scope(conditioning: Conditioning) -> Iterator[None]:
+    """Opens the scope for `conditioning`. The innermost scope takes precedence."""
+    with _in_scopes((conditioning, *_scopes())):
         yield
+
+
+@contextlib.contextmanager
+def _in_scopes(scopes: tuple[Conditioning, ...]) -> Iterator[None]:
+    token = _open_scopes.set(scopes)
+    try:
+        with backend.in_scopes(scopes):
+            yield
     finally:
         _open_scopes.reset(token)
 
 
-def bind_scope(function):
-    """Returns `function`, run in the scope that is open now, also where it is called after the scope is closed."""
-    scopes = _open_scopes.get()
+def _scopes() -> tuple[Conditioning, ...]:
+    """Returns the open scopes; in the recomputation of a forward pass, those of the forward pass."""
+    return _open_scopes.get() or backend.scopes_of_recomputation() or ()
+
+
+def bind_scope(function: Callable) -> Callable:
+    """Returns `function`, which always runs in the scopes that are open now, even after they are closed."""
+    scopes = _scopes()
 
     @functools.wraps(function)
-    def run(*args, **kwargs):
-        token = _open_scopes.set(scopes)
-        try:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _in_scopes(scopes):
             return function(*args, **kwargs)
-        finally:
-            _open_scopes.reset(token)
 
     return run
 
 
-def is_open():
-    """Whether any conditioning is in force."""
-    return bool(_open_scopes.get())
+def is_open() -> bool:
+    """Returns whether any scope is open."""
+    return bool(_open_scopes.get() or _scopes())
 
 
-def conditioning_of(kernel):
+def conditioning_of(kernel: Any) -> Conditioning | None:
     """Returns the innermost open `Conditioning` that trains `kernel`, or `None`."""
-    for conditioning in _open_scopes.get():
+    for conditioning in _open_scopes.get() or _scopes():
         if conditioning.trains(kernel):
             return conditioning
     return None
+
+
+# The optimizers whose scope was closed since they were last applied: a backward pass that follows may recompute.
+_closed: weakref.WeakSet = weakref.WeakSet()
+
+
+def note_closed(optimizer: Any) -> None:
+    """Notes that the scope of a training loop was closed."""
+    _closed.add(optimizer)
+
+
+def note_applied(optimizer: Any) -> None:
+    """Notes that an optimizer is applied."""
+    _closed.discard(optimizer)
+
+
+def is_recomputed_outside() -> bool:
+    """Returns whether a layer is called in a backward pass that recomputes it outside of the scope of its forward pass."""
+    return bool(_closed) and backend.scopes_of_recomputation() is None
 
 
 # Whether a captured layer was called outside of any scope. Set and cleared, not counted: `torch.compile` guards its value.
 _plain_calls: set[str] = set()
 
 
-def note_plain_call():
+def note_plain_call() -> None:
     """Notes that a captured layer was called outside of any scope."""
     _plain_calls.add("called")
 
 
-def take_plain_calls():
+def take_plain_calls() -> bool:
     """Returns whether a captured layer was called outside of any scope since this was asked last."""
     was_called = bool(_plain_calls)
     _plain_calls.clear()

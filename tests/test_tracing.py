@@ -69,3 +69,102 @@ def test_a_layer_in_control_flow_is_conditioned_as_outside_of_it(kind, flow):
 
     for ours, theirs in zip(*map(step, FLOWS[flow]), strict=True):
         assert relative_error(ours, theirs) < 1e-6
+
+
+def gradients_of_a_loop(run_block, is_inside):
+    """Returns the gradients of a loop in which a block runs by `run_block`, taken inside of the scope or after it."""
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(2)]
+    for layer, size in zip(layers, (6, 8, 8), strict=True):
+        layer.build((None, size))
+        capture_inputs(layer)
+    optimizer = paper_isaac(damping=0.05)
+    variables = [variable for layer in layers for variable in layer.trainable_variables]
+    optimizer.build(variables)
+    inputs = ops.convert_to_tensor(np.random.default_rng(0).normal(size=(16, 6)).astype("float32"))
+
+    def loss(inputs):
+        return ops.mean(layers[2](run_block(lambda x: layers[1](layers[0](x)), inputs)) ** 2)
+
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            with optimizer.conditioning():
+                value = loss(inputs)
+                if is_inside:
+                    return list(map(to_numpy, tape.gradient(value, [variable.value for variable in variables])))
+        return list(map(to_numpy, tape.gradient(value, [variable.value for variable in variables])))
+    with optimizer.conditioning():
+        value = loss(inputs)
+        if is_inside:
+            value.backward()
+    if not is_inside:
+        value.backward()
+    return [to_numpy(variable.value.grad) for variable in variables]
+
+
+def plainly(block, inputs):
+    return block(inputs)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="`tf.recompute_grad`")
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_recomputation_by_tensorflow_is_conditioned(is_inside):
+    import tensorflow as tf
+
+    expected = gradients_of_a_loop(plainly, True)
+    for actual, theirs in zip(
+        gradients_of_a_loop(lambda block, inputs: tf.recompute_grad(block)(inputs), is_inside), expected, strict=True
+    ):
+        np.testing.assert_array_equal(actual, theirs)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="`torch.utils.checkpoint`")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_by_torch_is_conditioned_inside_of_the_scope_and_an_error_after_it(use_reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    def run_block(block, inputs):
+        return checkpoint(block, inputs.requires_grad_(), use_reentrant=use_reentrant)
+
+    for actual, theirs in zip(gradients_of_a_loop(run_block, True), gradients_of_a_loop(plainly, True), strict=True):
+        np.testing.assert_array_equal(actual, theirs)
+    with pytest.raises(ValueError, match=r"Call `loss.backward\(\)` inside `with optimizer.conditioning\(\):`"):
+        gradients_of_a_loop(run_block, False)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="`jax.jit` and `jax.checkpoint` keep traces by function")
+@pytest.mark.parametrize("transform", ["jit", "checkpoint"])
+@pytest.mark.parametrize("is_traced_outside_first", [True, False])
+def test_a_forward_pass_that_the_user_traces_is_conditioned_inside_of_the_scope_alone(transform, is_traced_outside_first):
+    import jax
+
+    inputs = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+
+    def gradients(transform):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(2)])
+        capture_inputs(model)
+        optimizer = paper_isaac(damping=0.05)
+        optimizer.build(model.trainable_variables)
+        forward = transform(lambda weights: model.stateless_call(weights, [], inputs, training=True)[0])
+        weights = [variable.value for variable in model.trainable_variables]
+
+        def plain(weights):
+            return jax.grad(lambda weights: (forward(weights) ** 2).mean())(weights)
+
+        @jax.jit
+        def step(weights, optimizer_variables):
+            with optimizer.conditioning(optimizer_variables):
+                return plain(weights)
+
+        optimizer_variables = [variable.value for variable in optimizer.variables]
+        outside = plain(weights) if is_traced_outside_first else None
+        inside = step(weights, optimizer_variables)
+        outside = plain(weights) if outside is None else outside
+        return [list(map(to_numpy, each)) for each in (inside, outside)]
+
+    for actual, expected in zip(gradients(getattr(jax, transform)), gradients(lambda function: function), strict=True):
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert relative_error(ours, theirs) < 1e-6

@@ -38,6 +38,9 @@ State:
 - `is_tracing(tensor)`: whether Python runs for the step that computes with a tensor: for each on PyTorch, elsewhere while it is
   compiled. An eager call on TensorFlow and JAX may be part of a step of which the rest was compiled before.
 - `barrier(gradients)`: the gradients, each available only once all of them are. A variable may be updated then.
+- `in_scopes(scopes)`: the context of open scopes, which keeps traces of other scopes apart (JAX) or is found again by:
+- `scopes_of_recomputation()`: in the recomputation of a forward pass, the scopes in which that pass ran, or `None` if they are
+  not known any more; an empty tuple elsewhere.
 
 Measuring:
 
@@ -70,11 +73,13 @@ damped_projection = _backend.damped_projection
 eager_projection = _backend.eager_projection
 gate = _backend.gate
 gradients_of = _backend.gradients_of
+in_scopes = _backend.in_scopes
 is_indefinite = _backend.is_indefinite
+is_tracing = _backend.is_tracing
 matmul = _backend.matmul
 product = _backend.product
 relative_damping = _backend.relative_damping
-is_tracing = _backend.is_tracing
+scopes_of_recomputation = _backend.scopes_of_recomputation
 segment_sum = _backend.segment_sum
 stop_gradient = _backend.stop_gradient
 trace = _backend.trace

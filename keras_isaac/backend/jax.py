@@ -1,6 +1,10 @@
 """JAX: custom derivatives in both directions, and an inverse for every device."""
 
+import contextlib
+import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +26,29 @@ stop_gradient = jax.lax.stop_gradient
 def is_tracing(tensor):
     """Whether Python runs for the step that computes with `tensor`."""
     return isinstance(getattr(tensor, "value", tensor), jax.core.Tracer)
+
+
+# Part of the key of every cache of traces. An older JAX has no such context.
+_scope_key: Callable[[Any], contextlib.AbstractContextManager] = (
+    jax.make_user_context() if hasattr(jax, "make_user_context") else lambda key: contextlib.nullcontext()
+)
+
+
+def in_scopes(scopes: Sequence[Any]) -> contextlib.AbstractContextManager:
+    """Returns the context in which functions that were traced in other scopes are traced anew."""
+    return _scope_key(tuple(_key(getattr(scope, field.name)) for scope in scopes for field in dataclasses.fields(scope)))
+
+
+def _key(value: Any) -> Any:
+    """Returns what `value` compares by. A tracer equals nothing: a trace that uses it must not be used again."""
+    if isinstance(value, jax.core.Tracer):
+        return object()
+    return value.item() if isinstance(value, jax.Array) else value
+
+
+def scopes_of_recomputation() -> tuple:
+    """Returns nothing: JAX recomputes what it traced, and runs no Python."""
+    return ()
 
 
 def traced_once(function):

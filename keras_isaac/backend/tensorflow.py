@@ -1,7 +1,8 @@
 """TensorFlow: custom gradients of any order, and an inverse that does not raise."""
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -21,6 +22,26 @@ transpose = tf.linalg.matrix_transpose
 def is_tracing(tensor):
     """Whether Python runs for the step that computes with `tensor`."""
     return not tf.executing_eagerly()
+
+
+@contextlib.contextmanager
+def in_scopes(scopes: Sequence[Any]) -> Iterator[None]:
+    """Opens the context by which `scopes_of_recomputation` finds the scopes."""
+
+    def get_variable(getter: Callable, *args: Any, **kwargs: Any) -> Any:
+        return getter(*args, **kwargs)
+
+    # `tf.recompute_grad` recomputes in the variable scope of the forward pass, which keeps its `custom_getter`.
+    get_variable.scopes = tuple(scopes)  # type: ignore[attr-defined]
+    variable_scope = tf.compat.v1.get_variable_scope()
+    with tf.compat.v1.variable_scope(variable_scope, custom_getter=get_variable, auxiliary_name_scope=False):
+        yield
+
+
+def scopes_of_recomputation() -> tuple:
+    """Returns the scopes in which the forward pass ran that is recomputed here, or nothing."""
+    getter = tf.compat.v1.get_variable_scope().custom_getter
+    return getattr(getattr(getter, "func", getter), "scopes", ())
 
 
 def traced_once(function):

@@ -1,6 +1,9 @@
 """PyTorch: an inverse that neither raises nor waits for a device."""
 
+import contextlib
 import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -45,6 +48,32 @@ def stop_gradient(tensor):
 def is_tracing(tensor):
     """Whether Python runs for the step that computes with `tensor`."""
     return True
+
+
+# The scopes that are open in any thread: PyTorch runs backward passes on a GPU in threads of its own.
+_scopes_of_process: dict[object, tuple] = {}
+
+
+@contextlib.contextmanager
+def in_scopes(scopes: Sequence[Any]) -> Iterator[None]:
+    """Opens the context by which `scopes_of_recomputation` finds the scopes."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    key = object()
+    _scopes_of_process[key] = tuple(scopes)
+    try:
+        yield
+    finally:
+        del _scopes_of_process[key]
+
+
+def scopes_of_recomputation() -> tuple | None:
+    """Returns the scopes of the forward pass that is recomputed here, `None` if they are closed, and nothing elsewhere."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
+        return ()
+    # No function of PyTorch's says which forward pass it is, so these are the last that were opened.
+    return next(reversed(_scopes_of_process.values()), None)
 
 
 def traced_once(function):
