@@ -171,7 +171,7 @@ class ISAAC(OptimizerWrapper):
             mapping = list(zip(self.variables, optimizer_variables, strict=True))
         with scope.open_scope(self.conditioning_of_step(mapping)):
             yield
-        scope.note_closed(self)
+        scope.closed.add(self.step_check)
 
     def conditioning_of_step(
         self,
@@ -234,7 +234,6 @@ class ISAAC(OptimizerWrapper):
             return
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
-        scope.note_applied(self)
         self.step_check.check(trainable_variables)
         if trainable_variables is not None and not self.built:
             with keras.name_scope(self.name):

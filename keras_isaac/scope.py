@@ -14,7 +14,7 @@ from typing import Any
 
 from keras_isaac import backend
 
-_open_scopes = contextvars.ContextVar("keras_isaac_conditioning", default=())
+_open_scopes: contextvars.ContextVar[tuple] = contextvars.ContextVar("keras_isaac_conditioning", default=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +80,7 @@ class Conditioning:
 @contextlib.contextmanager
 def open_scope(conditioning: Conditioning) -> Iterator[None]:
     """Opens the scope for `conditioning`. The innermost scope takes precedence."""
-    with _in_scopes((conditioning, *_scopes())):
-        yield
-
-
-@contextlib.contextmanager
-def _in_scopes(scopes: tuple[Conditioning, ...]) -> Iterator[None]:
+    scopes = (conditioning, *_open_scopes.get())
     token = _open_scopes.set(scopes)
     try:
         with backend.in_scopes(scopes):
@@ -105,8 +100,12 @@ def bind_scope(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _in_scopes(scopes):
-            return function(*args, **kwargs)
+        token = _open_scopes.set(scopes)
+        try:
+            with backend.in_scopes(scopes):
+                return function(*args, **kwargs)
+        finally:
+            _open_scopes.reset(token)
 
     return run
 
@@ -124,23 +123,14 @@ def conditioning_of(kernel: Any) -> Conditioning | None:
     return None
 
 
-# The optimizers whose scope was closed since they were last applied: a backward pass that follows may recompute.
-_closed: weakref.WeakSet = weakref.WeakSet()
-
-
-def note_closed(optimizer: Any) -> None:
-    """Notes that the scope of a training loop was closed."""
-    _closed.add(optimizer)
-
-
-def note_applied(optimizer: Any) -> None:
-    """Notes that an optimizer is applied."""
-    _closed.discard(optimizer)
+# What opened a scope of a training loop, if that was closed and no optimizer was applied since. A backward pass that follows
+# may recompute the forward pass.
+closed: weakref.WeakSet = weakref.WeakSet()
 
 
 def is_recomputed_outside() -> bool:
     """Returns whether a layer is called in a backward pass that recomputes it outside of the scope of its forward pass."""
-    return bool(_closed) and backend.scopes_of_recomputation() is None
+    return bool(closed) and backend.scopes_of_recomputation() is None
 
 
 # Whether a captured layer was called outside of any scope. Set and cleared, not counted: `torch.compile` guards its value.

@@ -45,6 +45,7 @@ class StepCheck:
         Args:
             variables: the variables whose gradients are applied, or `None` for those that the optimizer was built for.
         """
+        scope.closed.discard(self)
         if variables is None:
             variables = list((self.trained or {}).values())
         was_called = scope.take_plain_calls() and bool(variables) and backend.is_tracing(variables[0])

@@ -89,11 +89,10 @@ def gradients_of_a_loop(run_block, is_inside):
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
-        with tf.GradientTape() as tape:
-            with optimizer.conditioning():
-                value = loss(inputs)
-                if is_inside:
-                    return list(map(to_numpy, tape.gradient(value, [variable.value for variable in variables])))
+        with tf.GradientTape() as tape, optimizer.conditioning():
+            value = loss(inputs)
+            if is_inside:
+                return list(map(to_numpy, tape.gradient(value, [variable.value for variable in variables])))
         return list(map(to_numpy, tape.gradient(value, [variable.value for variable in variables])))
     with optimizer.conditioning():
         value = loss(inputs)

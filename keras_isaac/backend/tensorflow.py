@@ -25,14 +25,14 @@ def is_tracing(tensor):
 
 
 @contextlib.contextmanager
-def in_scopes(scopes: Sequence[Any]) -> Iterator[None]:
+def in_scopes(scopes: tuple) -> Iterator[None]:
     """Opens the context by which `scopes_of_recomputation` finds the scopes."""
 
     def get_variable(getter: Callable, *args: Any, **kwargs: Any) -> Any:
         return getter(*args, **kwargs)
 
     # `tf.recompute_grad` recomputes in the variable scope of the forward pass, which keeps its `custom_getter`.
-    get_variable.scopes = tuple(scopes)  # type: ignore[attr-defined]
+    get_variable.scopes = scopes  # type: ignore[attr-defined]
     variable_scope = tf.compat.v1.get_variable_scope()
     with tf.compat.v1.variable_scope(variable_scope, custom_getter=get_variable, auxiliary_name_scope=False):
         yield

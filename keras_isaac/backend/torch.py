@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -54,18 +52,14 @@ def is_tracing(tensor):
 _scopes_of_process: dict[object, tuple] = {}
 
 
-@contextlib.contextmanager
-def in_scopes(scopes: Sequence[Any]) -> Iterator[None]:
-    """Opens the context by which `scopes_of_recomputation` finds the scopes."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    key = object()
-    _scopes_of_process[key] = tuple(scopes)
-    try:
-        yield
-    finally:
-        del _scopes_of_process[key]
+def in_scopes(scopes: tuple) -> contextlib.AbstractContextManager:
+    """Opens the context by which `scopes_of_recomputation` finds the scopes, and returns what closes it."""
+    closing = contextlib.ExitStack()
+    if not torch.compiler.is_compiling():
+        key = object()
+        _scopes_of_process[key] = scopes
+        closing.callback(_scopes_of_process.pop, key)
+    return closing
 
 
 def scopes_of_recomputation() -> tuple | None:
@@ -266,9 +260,8 @@ def gradients_of(function, tensors):
         return beside, torch.autograd.grad(loss, tensors, materialize_grads=True)
 
 
-def barrier(gradients):
-    """Returns the gradients: no variable is read after its update here."""
-    return list(gradients)
+# No variable is read after its update.
+barrier = list
 
 
 def compiled(measure, variables):
