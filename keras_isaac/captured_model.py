@@ -4,7 +4,7 @@ import contextlib
 import functools
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import keras
 
@@ -25,7 +25,7 @@ class CapturedModel:
 
     def __init__(self, model: keras.Model) -> None:
         # The model holds its owner.
-        self._reference = weakref.ref(model)
+        self._model: Callable[[], keras.Model] = weakref.ref(model)
         self.is_captured = False
         self._include: tuple[Rule, ...] | None = None
         self._exclude: tuple[Rule, ...] | None = None
@@ -35,14 +35,11 @@ class CapturedModel:
         # Layers that are not built yet.
         self._waiting: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
         keras_hooks.wrap_step(model, self)
-
-    @property
-    def _model(self) -> keras.Model:
-        return self._reference()
+        self._has_own_step = keras_hooks.has_own_step(model)
 
     def select(self, include: tuple[Rule, ...] | None, exclude: tuple[Rule, ...] | None) -> None:
         """Chooses layers by these rules, and by no earlier ones."""
-        model = self._model
+        model = self._model()
         if is_built(model):
             check_matches(model, include, exclude)
         self.is_captured, self._include, self._exclude = True, include, exclude
@@ -51,7 +48,7 @@ class CapturedModel:
 
     def release(self) -> None:
         """Chooses no layer any more."""
-        model = self._model
+        model = self._model()
         self.is_captured = False
         self._layers, self._choices = {}, {}
         for isaac in isaacs_in(getattr(model, "optimizer", None)):
@@ -77,7 +74,7 @@ class CapturedModel:
     def _find_layers(self) -> None:
         """Captures all layers that the model has now."""
         self._layers, self._choices = {}, {}
-        self._add(self._model)
+        self._add(self._model())
 
     def _add(self, root: keras.Layer, containers: Containers = ()) -> None:
         """Captures all layers in `root`, and those that they create when they are built."""
@@ -95,12 +92,12 @@ class CapturedModel:
         if self.is_captured:
             self._add(layer, containers)
             if not self._waiting:
-                check_matches(self._model, self._include, self._exclude)
+                check_matches(self._model(), self._include, self._exclude)
 
     @contextlib.contextmanager
     def step(self, optimizer_values: list | None) -> Iterator[None]:
         """Opens the scope of every `ISAAC` of the model for one training step."""
-        model = self._model
+        model = self._model()
         isaacs = isaacs_in(model.optimizer) if self.is_captured else []
         if isaacs and not model.optimizer.built and has_several(model.optimizer) and is_built(model):
             # TensorFlow builds it at the end of the first step, but which optimizer trains a kernel is known once it is built.
@@ -115,7 +112,7 @@ class CapturedModel:
 
     def before_training(self, is_new: bool) -> None:
         """Finds the layers that were added since, and raises if `ISAAC` could condition nothing in the step."""
-        model = self._model
+        model = self._model()
         if self.is_captured and is_new:
             self._find_layers()
             if is_built(model):
@@ -125,10 +122,10 @@ class CapturedModel:
             return
         if not self.is_captured:
             # A `train_step` of the model's own may open a scope for layers that were captured otherwise.
-            if not (keras_hooks.has_own_step(model) and any(is_chosen(layer) for layer, _ in walk(model))):
+            if not (self._has_own_step and any(is_chosen(layer) for layer, _ in walk(model))):
                 raise not_captured_error(model)
             return
-        if not keras_hooks.has_own_step(model) and not has_several(model.optimizer):
+        if not self._has_own_step and not has_several(model.optimizer):
             self._check_variables(model, isaacs[0].step_check.trained)
         if is_new and model.trainable_variables and is_built(model):
             advice = nothing_to_condition(model)
@@ -154,7 +151,7 @@ class CapturedModel:
 
     def before_saving(self) -> None:
         """Tells the optimizer which layers its file or copy is to capture."""
-        model = self._model
+        model = self._model()
         layers = [layer for layer, _ in walk(model) if adapter_of(layer)]
         chosen = [layer for layer in layers if is_captured(layer) and self.chooses(layer)]
         for isaac in isaacs_in(getattr(model, "optimizer", None)):

@@ -75,7 +75,7 @@ def wrap_step(model: keras.Model, owner: Owner) -> None:
             if _IS_NNX and kwargs.get("optimizer_variables") is None:
                 # A step of `evaluate`.
                 return plain_step(*args, **kwargs)
-            with owner.step(_optimizer_values(args, kwargs)):
+            with owner.step(_optimizer_values(args, kwargs) if backend.IS_STATELESS else None):
                 return plain_step(*args, **kwargs)
 
         setattr(model, _STEP, step)
@@ -122,9 +122,8 @@ def recompile_step(model: keras.Model) -> None:
     model.make_train_function.recompile()
 
 
-def _optimizer_values(args: tuple, kwargs: dict) -> list | None:
-    if not backend.IS_STATELESS:
-        return None
+def _optimizer_values(args: tuple, kwargs: dict) -> list:
+    """Returns the tensors that `optimizer.variables` have in a step that is called with these arguments."""
     return kwargs["optimizer_variables"] if _IS_NNX else (args[0] if args else kwargs["state"])[2]
 
 

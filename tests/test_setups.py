@@ -476,6 +476,28 @@ def test_a_subclass_with_a_train_step_of_its_own(decorated):
     assert_close(weights(model), trained(paper_isaac(damping=0.1), capture_inputs, regression(32), epochs=2), 1e-5)
 
 
+class OwnScope(OwnStep, keras.Model):
+    """Opens the scope in its own step."""
+
+    def train_step(self, *args):
+        with self.optimizer.conditioning(*([args[0][2]] if BACKEND == "jax" else [])):
+            return super().train_step(*args)
+
+
+def test_a_train_step_that_conditions_layers_that_are_captured_alone():
+    plain = mlp()
+    model = OwnScope(plain.inputs, plain.outputs)
+    model.compile(optimizer=paper_isaac(damping=0.1))
+    with pytest.raises(ValueError, match=r"Write `model = capture_inputs\(model\)`"):
+        fit(model, regression(32))
+    if BACKEND == "jax":
+        assert_close(weights(model), weights(mlp()), 0)
+    for layer in model.layers[1:]:
+        capture_inputs(layer)
+    fit(model, regression(32), epochs=2)
+    assert_close(weights(model), trained(paper_isaac(damping=0.1), capture_inputs, regression(32), epochs=2), 1e-5)
+
+
 class OwnTrainFunction(keras.Model):
     """Makes its training function as Keras' guides write it, without `force`."""
 
