@@ -44,7 +44,7 @@ def is_captured(layer: keras.Layer) -> bool:
 
 
 def is_chosen(layer: keras.Layer) -> bool:
-    """Returns whether this layer is conditioned in a loop of the user's own: captured alone, or chosen by a living model."""
+    """Returns whether this layer is conditioned in a custom training loop: captured alone, or chosen by a living model."""
     return any(chooser.chooses(layer) for chooser in _choosers.get(layer, ()))
 
 

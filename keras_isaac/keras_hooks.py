@@ -243,7 +243,7 @@ def call_with(layer: keras.Layer, values: Iterable[tuple[keras.Variable, Any]], 
     with keras.StatelessScope(state, collect_losses=True) as stateless:
         before = [stateless.get_current_value(variable) for variable in variables]
         outputs = own_call(layer)(layer, *args, **kwargs)
-    # What the call did beside its result is the layer's to keep.
+    # The layer keeps what the call assigned and added.
     for variable, value in zip(variables, before, strict=True):
         after = stateless.get_current_value(variable)
         if after is not value:
@@ -285,7 +285,7 @@ class _MaskGiver(keras.layers.Layer):
 
 
 # A JAX tracer takes no attributes. Keras keeps its mask elsewhere, and hands it to a layer that asks or takes it from one that
-# has it. Such a layer is not to be computed again, lest the mask stay in there.
+# has it. Such a layer must not be recomputed, or it would leak the mask.
 
 
 def mask_of(inputs: Any) -> Any:

@@ -184,7 +184,7 @@ class ISAAC(OptimizerWrapper):
         Args:
             state_mapping: list of pairs of variable and tensor, the values of the optimizer's variables in this step.
             outer_optimizer: the optimizer that scales the loss. Defaults to `None`: this one.
-            chooses: function that returns whether a layer is conditioned. Defaults to that of loops of the user's own.
+            chooses: function that returns whether a layer is conditioned. Defaults to that of custom training loops.
         """
         stateless = keras.StatelessScope(state_mapping) if state_mapping else contextlib.nullcontext()
         output_damping = None

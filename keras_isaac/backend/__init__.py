@@ -44,7 +44,7 @@ State:
 
 Measuring:
 
-- `gradients_of(function, tensors)`: what `function` returns beside a loss, and the loss's gradients.
+- `gradients_of(function, tensors)`: the second result of `function`, and the gradients of its first, a loss.
 - `is_indefinite(matrix, total, damping, is_root)`: for each matrix, whether that bound takes the place of its inverse or root.
 - `compiled(measure, variables)`: `measure(data, values)` as a function of the data, the present values of the variables given.
 """

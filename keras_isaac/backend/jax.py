@@ -243,9 +243,9 @@ def with_gradients(function, gradients, *tensors):
 
 
 def gradients_of(function, tensors):
-    """Returns what `function` returns beside a loss, and the gradients of that loss."""
-    gradients, beside = jax.grad(function, has_aux=True)(tensors)
-    return beside, gradients
+    """Returns the second result of `function`, and the gradients of its first, a loss."""
+    gradients, results = jax.grad(function, has_aux=True)(tensors)
+    return results, gradients
 
 
 # No variable is read after its update.

@@ -218,13 +218,13 @@ def _in_this_graph(tensor: Any) -> tf.Tensor | None:
 
 
 def gradients_of(function, tensors):
-    """Returns what `function` returns beside a loss, and the gradients of that loss."""
+    """Returns the second result of `function`, and the gradients of its first, a loss."""
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(tensors)
-        loss, beside = function(tensors)
+        loss, results = function(tensors)
     gradients = tape.gradient(loss, tensors, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     # A table has sparse ones.
-    return beside, [tf.convert_to_tensor(gradient) for gradient in gradients]
+    return results, [tf.convert_to_tensor(gradient) for gradient in gradients]
 
 
 def barrier(gradients: Sequence[Any]) -> list[Any]:

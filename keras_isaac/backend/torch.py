@@ -11,7 +11,7 @@ from keras_isaac.backend.torch_derivatives import gate, product, with_gradients 
 IS_STATELESS = False
 TENSORS_TAKE_ATTRIBUTES = True
 _TINY = 1e-37  # Stands in for a damping and a matrix that are both zero in float32.
-# Of so many rows, an inverse costs far more than a look whether it is the last one, and is not too large to keep.
+# Sizes for which comparing a matrix with the last one costs far less than inverting it, and which are not too large to keep.
 _SHARED = range(128, 1025)
 _last = torch.empty(0, 0), None
 
@@ -251,13 +251,13 @@ def _inverse_in_numbers(matrix, total, damping):
 
 
 def gradients_of(function, tensors):
-    """Returns what `function` returns beside a loss, and the gradients of that loss."""
+    """Returns the second result of `function`, and the gradients of its first, a loss."""
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     # Dropout without a seed draws from PyTorch's own.
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        loss, beside = function(tensors)
-        return beside, torch.autograd.grad(loss, tensors, materialize_grads=True)
+        loss, results = function(tensors)
+        return results, torch.autograd.grad(loss, tensors, materialize_grads=True)
 
 
 # No variable is read after its update.

@@ -1,1 +1,1 @@
-"""The method: what a kernel meets (`record`, `rows`), the form that is chosen (`plan`), and how it conditions the gradient."""
+"""The method: rows and their record, the plan that chooses a form, the conditioner, and the operations that apply it."""

@@ -2,8 +2,7 @@
 
 An adapter has two functions. `kernels(layer)` lists the variables that it conditions. `call(layer, conditioning_of, inputs)`
 is the layer's own `call` with conditioned products; `conditioning_of(kernel)` is the `Conditioning` of a kernel, or `None`
-where that kernel is to be left plain. It may have a third, `notes(layer)`: what to tell of kernels of which a part is plain, by
-the kernel's id.
+where that kernel is to be left plain. It may have a third, `notes(layer)`: by the kernel's id, which part of it stays plain.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,7 @@ __all__ = ["call_with", "conditioned", "mask_of", "register_adapter", "register_
 
 _KINDS = {
     "Dense": DenseAdapter,
-    # It trains the kernel from which it computes another: the whole gradient is conditioned, once it is there.
+    # It trains a kernel from which it computes the one it multiplies: the whole gradient is conditioned when it is finished.
     "TernaryDense": RegisteredAdapter("TernaryDense").add("kernel", lambda layer, inputs: inputs),
     "EinsumDense": EinsumDenseAdapter,
     "Conv1D": ConvAdapter,
@@ -66,12 +65,12 @@ def register_layer(layer_class: type[keras.Layer], kernel: str, rows: Callable[[
 
     Args:
         layer_class: subclass of `keras.Layer` with a `call` of its own.
-        kernel: string, the attribute that holds the kernel, a variable whose first axes are those that meet the inputs. A dot
+        kernel: string, the attribute that holds the kernel, a variable whose first axes are contracted with the inputs. A dot
             leads to a layer inside: `"experts.weight"`. For a layer of several kernels, call this once for each.
-        rows: function of the layer and the first argument of `call`, which returns what meets the kernel, a tensor
-            `[samples, *positions, in]`; or that and a mask `[samples, *positions]`, true where a row counts. Without one,
-            the mask that Keras carries with the inputs says which rows count.
-        groups: boolean, whether the first axis of the kernel is one of groups, such as experts or heads, each of which meets
+        rows: function of the layer and the first argument of `call`, which returns the kernel's inputs, a tensor
+            `[samples, *positions, in]`; or that and a mask `[samples, *positions]`, true where a row is valid. Without one,
+            the mask that Keras carries with the inputs is used.
+        groups: boolean, whether the first axis of the kernel is one of groups, such as experts or heads, each with
             rows of its own: the kernel is `[groups, in, ...]`, the rows `[groups, samples, *positions, in]`, and the mask
             with or without the groups. Defaults to `False`.
 

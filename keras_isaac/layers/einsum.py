@@ -22,7 +22,7 @@ class EinsumDenseAdapter:
     def kernels(layer):
         """The kernel, or LoRA's factors, if an axis of the inputs is contracted with it."""
         equation = _equation(layer.equation)
-        # LoRA factors the last axis off the kernel, which must not be one that meets the inputs.
+        # LoRA factors the last axis off the kernel, which must not be contracted with the inputs.
         is_factored = has_lora(layer) and equation.kernel[-1] not in equation.outputs
         return main_kernels(layer) if equation.is_product and not is_factored else []
 
@@ -53,8 +53,7 @@ class Equation:
 
     Args:
         equation: string, such as `"abc,cde->abde"` or `"...x,xy->...y"`.
-        input_ndim: integer, the rank of the inputs, which says what an ellipsis stands for. Defaults to `None`: at least one
-            axis.
+        input_ndim: integer, the rank of the inputs, which says how many axes an ellipsis is. Defaults to `None`: at least one.
     """
 
     def __init__(self, equation, input_ndim=None):
@@ -72,7 +71,7 @@ class Equation:
 
     @property
     def is_product(self):
-        """Whether rows of the inputs meet a matrix, each axis being named once."""
+        """Whether the equation is a product of rows and a matrix, each axis named once."""
         operands = (self.inputs, self.kernel, self.output)
         named_once = all(len(set(operand)) == len(operand) for operand in operands)
         kernel_only = set(self.kernel) - set(self.inputs) - set(self.output)

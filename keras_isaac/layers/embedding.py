@@ -114,7 +114,7 @@ def _conditioned_values(layer, conditioning_of, inputs):
     conditioning, *others = map(conditioning_of, kernels)
     values = []
     if any(others):
-        # LoRA's second factor meets what is looked up in the first.
+        # The inputs of LoRA's second factor are what is looked up in the first.
         mask = tokens != 0 if layer.mask_zero else None
         rows = sampled_rows(ops.take(ops.stop_gradient(table), tokens, axis=0), others[0], mask)
         values.append((kernels[1], conditioned(ops.convert_to_tensor(kernels[1]), others[0], rows)))
@@ -126,10 +126,10 @@ def _conditioned_values(layer, conditioning_of, inputs):
 
 
 def _factors_in_reverse(kernels, conditioning_of, inputs):
-    """Returns pairs of LoRA's factors and tensors, where a product with their transposes meets the inputs."""
+    """Returns pairs of LoRA's factors and tensors, for a product of the inputs with their transposes."""
     (conditioning, *_) = filter(None, map(conditioning_of, kernels))
     rows = sampled_rows(inputs, conditioning, mask_of(inputs))
-    # The inputs meet the second factor first.
+    # The inputs are multiplied by the second factor first.
     kernels = kernels[::-1]
     matrices = [ops.transpose(ops.convert_to_tensor(kernel)) for kernel in kernels]
     matrices = conditioned_factors(kernels, matrices, conditioning_of, rows)

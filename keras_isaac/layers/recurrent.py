@@ -36,7 +36,7 @@ class RNNAdapter:
     def notes(layer):
         """Which part of a kernel is plain, by the kernel's id."""
         note = "candidate block plain: a gate multiplies its rows"
-        return {id(cell.recurrent_kernel): note for cell in _cells(layer) if _columns_that_meet_states(cell) is not None}
+        return {id(cell.recurrent_kernel): note for cell in _cells(layer) if _columns_of_states(cell) is not None}
 
     @staticmethod
     def call(layer, conditioning_of, sequences, initial_state=None, mask=None, training=False):
@@ -79,8 +79,8 @@ def _is_convolution(layer):
     return type(layer).call is keras.layers.ConvLSTM2D.call
 
 
-def _columns_that_meet_states(cell):
-    """Returns how many columns of the recurrent kernel do, the rest meeting what a gate leaves of them; `None` for all."""
+def _columns_of_states(cell):
+    """Returns how many columns of the recurrent kernel multiply states, and not gated states; `None` for all."""
     return None if getattr(cell, "reset_after", True) else 2 * cell.units
 
 
@@ -153,7 +153,7 @@ def _read_cell(layer, conditioning_of, sequences, mask, training):
         layer: a layer of one cell.
         conditioning_of: function of a kernel, as in `RNNAdapter.call`.
         sequences: tensor `[samples, steps, ...]`.
-        mask: tensor `[samples, steps]`, true where a step counts, or `None`.
+        mask: tensor `[samples, steps]`, true where a step is valid, or `None`.
         training: boolean or `None`.
     """
     cell, values = layer.cell, []
@@ -171,7 +171,7 @@ def _read_cell(layer, conditioning_of, sequences, mask, training):
         return values, layer.inner_loop
     rows_of = functools.partial(state_rows, conditioning=conditioning, mask=_mask_of_states(mask, layer.go_backwards))
     shape = (*ops.shape(sequences)[:2], *state_shape)
-    late = _LateKernel(cell.recurrent_kernel, conditioning, shape, rows_of, _columns_that_meet_states(cell))
+    late = _LateKernel(cell.recurrent_kernel, conditioning, shape, rows_of, _columns_of_states(cell))
     values.append((cell.recurrent_kernel, late.value))
 
     def inner_loop(sequences, initial_state, mask, training=False):
@@ -186,7 +186,7 @@ def _read_cell(layer, conditioning_of, sequences, mask, training):
 
 
 def _read_stack(layer, conditioning_of, sequences, mask, training):
-    """As `_read_cell`, for `StackedRNNCells`: what its cells meet at a step leaves the loop behind the step's output."""
+    """As `_read_cell`, for `StackedRNNCells`: each output of the loop holds the inputs of its cells too."""
     stack, values, lates, width = layer.cell, [], [], 0
     cells = _cells(layer)
     if mask is not None and layer.go_backwards:
@@ -194,7 +194,7 @@ def _read_stack(layer, conditioning_of, sequences, mask, training):
     for cell in cells:
         for kernel, num_in, columns in (
             (cell.kernel, cell.kernel.shape[0], None),
-            (cell.recurrent_kernel, cell.units, _columns_that_meet_states(cell)),
+            (cell.recurrent_kernel, cell.units, _columns_of_states(cell)),
         ):
             conditioning = conditioning_of(kernel)
             if conditioning is not None:
@@ -206,18 +206,18 @@ def _read_stack(layer, conditioning_of, sequences, mask, training):
             width += num_in
 
     def inner_loop(sequences, initial_state, mask, training=False):
-        met = []
+        read = []
 
         def call_cell(cell, inputs, states, training=False):
             for tensor, dropout in ((inputs, cell.get_dropout_mask), (states[0], cell.get_recurrent_dropout_mask)):
-                met.append(ops.cast(_dropped(tensor, dropout(tensor) if training else None), inputs.dtype))
+                read.append(ops.cast(_dropped(tensor, dropout(tensor) if training else None), inputs.dtype))
             return type(cell).call(cell, inputs, states, training=training)
 
         # Keras holds an output at masked steps. On JAX it takes it from the first state, which so is the output before.
         def call_stack(inputs, states, **kwargs):
-            met.clear()
+            read.clear()
             output, new_states = type(stack).call(stack, inputs, states[1:], **kwargs)
-            output = ops.concatenate([output, *(ops.cast(each, output.dtype) for each in met)], axis=-1)
+            output = ops.concatenate([output, *(ops.cast(each, output.dtype) for each in read)], axis=-1)
             return output, [output, *keras.tree.pack_sequence_as(list(states[1:]), keras.tree.flatten(new_states))]
 
         first = keras.tree.flatten(initial_state[-1])[0]
@@ -259,16 +259,16 @@ def _reading(layer, sequences):
 
 
 def _mask_of_states(mask, go_backwards):
-    """Returns which of the initial state and all outputs but the last meet the kernel in a step that counts.
+    """Returns which of the initial state and all outputs but the last are inputs of the kernel in a valid step.
 
-    An output does if its step counts and another does after it. Between the two, masked steps keep the state as it is.
+    An output is one if its step is valid and so is a later one. Between the two, masked steps keep the state as it is.
     """
     if mask is None:
         return None
     mask = ops.cast(ops.flip(mask, axis=1) if go_backwards else mask, "int32")
     total = ops.sum(mask, axis=1, keepdims=True)
-    is_met = (mask > 0) & (ops.cumsum(mask, axis=1) < total)
-    return ops.concatenate([total > 0, is_met[:, :-1]], axis=1)
+    is_input = (mask > 0) & (ops.cumsum(mask, axis=1) < total)
+    return ops.concatenate([total > 0, is_input[:, :-1]], axis=1)
 
 
 def _dropped(tensor, mask):

@@ -1,4 +1,4 @@
-"""How a layer of the user's reads as rows times a kernel."""
+"""How registered layers read as rows times a kernel."""
 
 import functools
 import math
@@ -11,13 +11,13 @@ from keras_isaac.layers.products import conditioned, is_sparse, note_sparse
 
 
 class RegisteredAdapter:
-    """A layer of the user's: rows by its functions, one a kernel, the rest by its own `call`."""
+    """A registered layer: one function of rows per kernel, and the layer's own `call`."""
 
     def __init__(self, name):
         self.name, self.reads = name, {}
 
     def add(self, kernel, rows, groups=False):
-        """Adds a kernel, or reads it anew: an attribute, its function of rows, and whether its first axis is one of groups."""
+        """Adds or replaces a kernel: an attribute, its function of rows, and whether its first axis is one of groups."""
         self.reads[kernel] = rows, groups
         return self
 
