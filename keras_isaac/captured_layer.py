@@ -27,6 +27,8 @@ def capture(layer: keras.Layer, chooser: Chooser) -> bool:
     """Wraps the `call` of this layer once; returns whether the layer can be conditioned."""
     keras_hooks.keep_scope(layer)
     if adapter_of(layer) is None:
+        if backend.untraced(type(layer).call) is not None:
+            keras_hooks.wrap_call(layer, _traced_call)
         return False
     keras_hooks.wrap_call(layer, _captured_call)
     _choosers.setdefault(layer, weakref.WeakSet()).add(chooser)
@@ -90,3 +92,9 @@ def _captured_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
     ):
         scope.note_plain_call()
     return keras_hooks.own_call(layer)(layer, *args, **kwargs)
+
+
+def _traced_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
+    """Runs the `call` of a layer that is a `tf.function`: the layers in it may have been traced outside of the scope."""
+    function = (backend.untraced(type(layer).call) if scope.is_open() else None) or type(layer).call
+    return function(layer, *args, **kwargs)

@@ -167,3 +167,44 @@ def test_a_forward_pass_that_the_user_traces_is_conditioned_inside_of_the_scope_
     for actual, expected in zip(gradients(getattr(jax, transform)), gradients(lambda function: function), strict=True):
         for ours, theirs in zip(actual, expected, strict=True):
             assert relative_error(ours, theirs) < 1e-6
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="`tf.function` on `call`")
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("predicts_first", [False, True])
+@pytest.mark.parametrize("kind", ["layer", "model"])
+def test_a_call_that_is_a_tf_function_is_conditioned_as_any_other(kind, predicts_first, run_eagerly):
+    import tensorflow as tf
+
+    def train(decorate):
+        base = {"layer": keras.layers.Layer, "model": keras.Model}[kind]
+
+        class Block(base):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = keras.layers.Dense(6, activation="tanh"), keras.layers.Dense(2)
+
+            def build(self, input_shape):
+                self.first.build(input_shape)
+                self.second.build(input_shape)
+                self.built = True
+
+            @decorate
+            def call(self, inputs):
+                hidden = self.first(inputs)
+                return self.second(hidden)
+
+        keras.utils.set_random_seed(0)
+        model = Block() if kind == "model" else keras.Sequential([keras.Input((6,)), Block()])
+        model.build((None, 6))
+        capture_inputs(model).compile(paper_isaac(0.1, damping=0.1), loss="mse", run_eagerly=run_eagerly)
+        inputs = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+        if predicts_first:
+            model.predict(inputs, verbose=0)
+        model.train_on_batch(inputs, inputs[:, :2])
+        model.evaluate(inputs, inputs[:, :2], verbose=0)
+        model.train_on_batch(inputs, inputs[:, :2])
+        return [to_numpy(weight) for weight in model.trainable_variables]
+
+    for ours, theirs in zip(train(tf.function), train(lambda function: function), strict=True):
+        assert relative_error(ours, theirs) < 1e-6

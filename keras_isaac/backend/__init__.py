@@ -41,6 +41,7 @@ State:
 - `in_scopes(scopes)`: the context of open scopes, which keeps traces of other scopes apart (JAX) or is found again by:
 - `scopes_of_recomputation()`: in the recomputation of a forward pass, the scopes in which that pass ran, or `None` if they are
   not known any more; an empty tuple elsewhere.
+- `untraced(function)`: a function that keeps traces (`tf.function`), without them; `None` for any other.
 
 Measuring:
 
@@ -86,4 +87,5 @@ trace = _backend.trace
 trace_of_gram = _backend.trace_of_gram
 traced_once = _backend.traced_once
 transpose = _backend.transpose
+untraced = _backend.untraced
 with_gradients = _backend.with_gradients

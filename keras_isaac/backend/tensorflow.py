@@ -44,6 +44,14 @@ def scopes_of_recomputation() -> tuple:
     return getattr(getattr(getter, "func", getter), "scopes", ())
 
 
+def untraced(function: Callable) -> Callable | None:
+    """Returns a `tf.function` without the traces that it keeps, or `None` for any other function."""
+    if not isinstance(function, tf.types.experimental.PolymorphicFunction):
+        return None
+    # Eager Python needs no AutoGraph.
+    return function.python_function if tf.executing_eagerly() else tf.function(function.python_function)
+
+
 def traced_once(function):
     """Returns `function`, traced once for all calls of the same shapes: to trace every operation again takes long."""
     traced = tf.function(function, autograph=False)

@@ -70,6 +70,11 @@ def scopes_of_recomputation() -> tuple | None:
     return next(reversed(_scopes_of_process.values()), None)
 
 
+def untraced(function):
+    """Returns `None`: no function of a layer keeps a trace of another scope."""
+    return None
+
+
 def traced_once(function):
     """Returns `function`: nothing is traced."""
     return function
