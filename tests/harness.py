@@ -20,8 +20,6 @@ EAGER = pytest.param(False, marks=pytest.mark.slow if BACKEND == "jax" else (), 
 MODES = [EAGER] if BACKEND == "torch" else [EAGER, pytest.param(True, id="compiled")]
 each_mode = pytest.mark.parametrize("compiled", MODES)
 
-# How far two equal training runs may end apart: TensorFlow's threads do not repeat a run to the bit.
-RUN_TO_RUN = 1e-5 if BACKEND == "tensorflow" else 0.0
 
 # For what differs little between backends, or takes long where it is compiled.
 slow_but_on_torch = pytest.mark.slow if BACKEND != "torch" else lambda test: test
