@@ -49,6 +49,56 @@ def test_a_registered_layer_is_conditioned_on_its_rows(compiled):
     assert relative_error(conditioned.gradients[0].reshape(8, 6), expected) < 2e-5
 
 
+class Scaled(keras.layers.Layer):
+    """Has another name for its first argument."""
+
+    def build(self, hidden_states_shape):
+        self.weight = self.add_weight(shape=(hidden_states_shape[-1], 5), initializer="normal")
+
+    def call(self, hidden_states, scale=1.0):
+        return keras.ops.matmul(hidden_states, self.weight) * scale
+
+
+class OfTwo(keras.layers.Layer):
+    """Has a list of inputs."""
+
+    def build(self, input_shape):
+        self.weight = self.add_weight(shape=(input_shape[-1][-1], 5), initializer="normal")
+
+    def call(self, inputs):
+        return keras.ops.matmul(inputs[1], self.weight) + keras.ops.mean(inputs[0])
+
+
+@pytest.mark.parametrize("kind", [Scaled, OfTwo])
+def test_inputs_by_keyword_under_another_name_and_in_a_list(kind):
+    register_layer(kind, kernel="weight", rows=lambda layer, inputs: inputs[1] if kind is OfTwo else inputs)
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.layer = kind()
+
+        def call(self, x):
+            return self.layer(hidden_states=x, scale=2.0) if kind is Scaled else self.layer([x - 1.0, x])
+
+    x, y = (np.random.default_rng(0).normal(size=(16, size)).astype("float32") for size in (6, 5))
+    weights = []
+    for make in (
+        lambda: keras.optimizers.SGD(0.1),
+        lambda: paper_isaac(0.1, damping=1e8),
+        lambda: paper_isaac(0.1, damping=0.1),
+    ):
+        keras.utils.set_random_seed(0)
+        model = Model()
+        optimizer = make()
+        model = capture_inputs(model) if isinstance(optimizer, ISAAC) else model
+        model.compile(optimizer=optimizer, loss="mse")
+        model.fit(x, y, verbose=0)
+        weights.append(keras.ops.convert_to_numpy(model.layer.weight))
+    assert relative_error(weights[1], weights[0]) < 1e-6
+    assert relative_error(weights[2], weights[0]) > 1e-2
+
+
 @pytest.mark.usefixtures("_registered")
 def test_state_and_losses_of_the_call_are_kept():
     losses = []

@@ -1,6 +1,7 @@
 """How registered layers read as rows times a kernel."""
 
 import functools
+import inspect
 import math
 
 from keras import ops
@@ -8,6 +9,12 @@ from keras import ops
 from keras_isaac.curvature.rows import sampled_rows
 from keras_isaac.keras_hooks import call_with, mask_of
 from keras_isaac.layers.products import conditioned, is_sparse, note_sparse
+
+
+@functools.cache
+def _first_argument(call):
+    """Returns the name of the first argument of a `call` after the layer."""
+    return list(inspect.signature(call).parameters)[1]
 
 
 class RegisteredAdapter:
@@ -26,19 +33,20 @@ class RegisteredAdapter:
         # "bank.weight" is an attribute of an attribute.
         return [functools.reduce(getattr, kernel.split("."), layer) for kernel in self.reads]
 
-    def call(self, layer, conditioning_of, inputs, *args, **kwargs):
-        """The layer's own `call`."""
+    def call(self, layer, conditioning_of, /, *args, **kwargs):
+        """The layer's own `call`. Its first argument may have any name, be passed by keyword and be a nest of tensors."""
+        inputs = args[0] if args else kwargs[_first_argument(type(layer).call)]
         values = []
         for variable, (name, (rows_of, groups)) in zip(self.kernels(layer), self.reads.items(), strict=True):
             conditioning = conditioning_of(variable)
             if conditioning is not None:
                 rows = rows_of(layer, inputs)
-                rows, mask = rows if isinstance(rows, tuple) else (rows, mask_of(inputs))
+                rows, mask = rows if isinstance(rows, tuple) else (rows, mask_of(inputs) if ops.is_tensor(inputs) else None)
                 if is_sparse(rows):
                     note_sparse(layer, [conditioning])
                     continue
                 values.append((variable, self._conditioned(layer, name, variable, rows, mask, groups, conditioning)))
-        return call_with(layer, values, inputs, *args, **kwargs)
+        return call_with(layer, values, *args, **kwargs)
 
     def _conditioned(self, layer, name, variable, rows, mask, groups, conditioning):
         value, num_groups = ops.convert_to_tensor(variable), int(groups)
