@@ -1,5 +1,7 @@
 """The inverse by elimination, for JAX on a CPU."""
 
+from typing import Any
+
 from keras import ops
 
 # Rows eliminated at a time. Measured on 2 CPU cores: 32 is best or near it for matrices of 128 to 512 rows. Up to 64 rows one
@@ -7,7 +9,7 @@ from keras import ops
 _BLOCK, _UNBLOCKED = 32, 64
 
 
-def gauss_jordan(matrix, is_root=False):
+def gauss_jordan(matrix: Any, is_root: bool = False) -> Any:
     """Blocked Gauss-Jordan elimination without pivoting, in matrix products and one loop; NaN where a pivot is not positive.
 
     XLA on the CPU has no factorization of its own: it calls a LAPACK whose threads contend with XLA's, and a single small
@@ -31,7 +33,7 @@ def gauss_jordan(matrix, is_root=False):
     shape = tuple(matrix.shape)
     origin = (0,) * len(leading)
 
-    def eliminate(i, matrix):
+    def eliminate(i: Any, matrix: Any) -> Any:
         start = i * _BLOCK
         in_block = ops.logical_and(index >= start, index < start + _BLOCK)
         pivot = ops.slice(matrix, (*origin, start, start), (*shape[:-2], _BLOCK, _BLOCK))
@@ -51,11 +53,11 @@ def gauss_jordan(matrix, is_root=False):
     return matrix[..., :size, :size]
 
 
-def _gauss_jordan_unblocked(matrix, is_root):
+def _gauss_jordan_unblocked(matrix: Any, is_root: bool) -> Any:
     shape = tuple(matrix.shape)
     origin = (0,) * (len(shape) - 2)
 
-    def eliminate(i, matrix):
+    def eliminate(i: Any, matrix: Any) -> Any:
         # In the loop, where it is no operand.
         index = ops.arange(shape[-1])
         at_pivot = index == i

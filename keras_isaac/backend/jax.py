@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,11 @@ from jax.custom_derivatives import SymbolicZero
 
 from keras_isaac.backend.elimination import gauss_jordan
 from keras_isaac.backend.layout import with_sharding
+
+if TYPE_CHECKING:
+    import keras
+
+    from keras_isaac.curvature.operations import ProductFunctions
 
 IS_STATELESS = True
 TENSORS_TAKE_ATTRIBUTES = False
@@ -23,7 +28,7 @@ clip = jnp.clip
 stop_gradient = jax.lax.stop_gradient
 
 
-def is_tracing(tensor):
+def is_tracing(tensor: Any) -> bool:
     """Whether Python runs for the step that computes with `tensor`."""
     return isinstance(getattr(tensor, "value", tensor), jax.core.Tracer)
 
@@ -46,37 +51,37 @@ def _key(value: Any) -> Any:
     return value.item() if isinstance(value, jax.Array) else value
 
 
-def scopes_of_recomputation() -> tuple:
+def scopes_of_recomputation() -> tuple[()]:
     """Returns nothing: JAX recomputes what it traced, and runs no Python."""
     return ()
 
 
-def untraced(function):
+def untraced(function: Callable) -> None:
     """Returns `None`: no function of a layer keeps a trace of another scope."""
     return None
 
 
-def traced_once(function):
+def traced_once(function: Callable) -> Callable:
     """Returns `function`: tracing takes little here."""
     return function
 
 
-def transpose(matrix):
+def transpose(matrix: jax.Array) -> jax.Array:
     """Returns a matrix `[..., m, n]` transposed."""
     return jnp.swapaxes(matrix, -2, -1)
 
 
-def segment_sum(values, segments, num_segments):
+def segment_sum(values: jax.Array, segments: jax.Array, num_segments: int) -> jax.Array:
     """Returns the sums of the values of each segment, `[num_segments]`."""
     return jax.ops.segment_sum(values, segments, num_segments)
 
 
-def matmul(a, b):
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns `a @ b` in full precision: the default is bfloat16 on a TPU and TF32 on a GPU."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def trace(matrix):
+def trace(matrix: jax.Array) -> jax.Array:
     """Returns the sum of the diagonal of `[..., k, k]`, as `[..., 1, 1]`."""
     # A strided slice: XLA would read the whole matrix for a sum under a mask.
     size = matrix.shape[-1]
@@ -85,7 +90,7 @@ def trace(matrix):
 
 
 @jax.jit
-def trace_of_gram(rows, gram):
+def trace_of_gram(rows: jax.Array, gram: jax.Array) -> jax.Array:
     """Returns tr(XXᵀ) of rows `[..., r, n]`, given XXᵀ or XᵀX, as `[..., 1, 1]`."""
     # On a GPU or a TPU the sum of the squares is fused with what reads the rows anyway; a slice is not.
     return jax.lax.platform_dependent(
@@ -96,30 +101,30 @@ def trace_of_gram(rows, gram):
     )
 
 
-def relative_damping(damping, total, rank):
+def relative_damping(damping: jax.Array, total: jax.Array, rank: int | jax.Array) -> jax.Array:
     """Returns δ tr(M)/rank, above zero."""
     return jnp.clip(damping * total / rank, _TINY, 1 / _TINY)
 
 
-def damped_projection(matrix, total, damping, rows):
+def damped_projection(matrix: jax.Array, total: jax.Array, damping: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns λ (λI + M)⁻¹ X for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
     projected = matmul(damping * _unguarded_inverse(matrix, total, damping), rows)
     # The guard costs least on what is multiplied on.
     return jnp.where(jnp.isfinite(projected), projected, damping / (damping + total) * rows)
 
 
-def eager_projection(rows, factor, damping, is_relative):
+def eager_projection(rows: jax.Array, factor: jax.Array, damping: jax.Array, is_relative: bool) -> None:
     """Returns `None`: `damped_projection` is compiled."""
     return None
 
 
-def damped_inverse(matrix, total, damping):
+def damped_inverse(matrix: jax.Array, total: jax.Array, damping: jax.Array) -> jax.Array:
     """Returns (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total`."""
     inverse = _unguarded_inverse(matrix, total, damping)
     return jnp.where(jnp.isfinite(inverse), inverse, jnp.eye(matrix.shape[-1], dtype=matrix.dtype) / (damping + total))
 
 
-def damped_inverse_root(matrix, total, damping, rows):
+def damped_inverse_root(matrix: jax.Array, total: jax.Array, damping: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns RF with RᵀR = (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
     if not matrix.shape[-1]:
         return rows
@@ -128,7 +133,7 @@ def damped_inverse_root(matrix, total, damping, rows):
     return jnp.nan_to_num(whitened, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def is_indefinite(matrix, total, damping, is_root=False):
+def is_indefinite(matrix: jax.Array, total: jax.Array, damping: jax.Array, is_root: bool = False) -> jax.Array:
     """Returns for each matrix `[..., k, k]` whether a bound takes the place of its inverse, as `[...]`."""
     if is_root:
         identity = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
@@ -138,63 +143,63 @@ def is_indefinite(matrix, total, damping, is_root=False):
     return ~jnp.all(jnp.isfinite(inverse), axis=(-2, -1))
 
 
-def _unguarded_inverse(matrix, total, damping):
+def _unguarded_inverse(matrix: jax.Array, total: jax.Array, damping: jax.Array) -> jax.Array:
     # Every device inverts by itself. Split over devices, an elimination would cross them for every pivot.
     return with_sharding(_inverse(with_sharding(matrix), total, damping)) if matrix.shape[-1] else matrix
 
 
 # Layers whose matrices have one shape share a trace. Without a positive pivot, no entry is finite.
 @jax.jit
-def _inverse(matrix, total, damping):
+def _inverse(matrix: jax.Array, total: jax.Array, damping: jax.Array) -> jax.Array:
     damped = _damped(matrix, total, damping, 1 / matrix.shape[-1])
     return jax.lax.platform_dependent(damped, cpu=gauss_jordan, default=_inverse_by_cholesky)
 
 
 @jax.jit
-def _whitened(matrix, total, damping, rows):
+def _whitened(matrix: jax.Array, total: jax.Array, damping: jax.Array, rows: jax.Array) -> jax.Array:
     damped = _damped(matrix, total, damping, 4)
     return jax.lax.platform_dependent(damped, rows, cpu=_whiten_by_elimination, default=_whiten_by_cholesky)
 
 
-def _damped(matrix, total, damping, floor):
+def _damped(matrix: jax.Array, total: jax.Array, damping: jax.Array, floor: float) -> jax.Array:
     """Returns λI + M for a λ of at least `floor` times the trace's epsilon."""
     damping = jnp.maximum(damping, jnp.finfo(matrix.dtype).eps * floor * total + _TINY)
     return matrix + damping * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
 
 
-def _inverse_by_cholesky(matrix):
+def _inverse_by_cholesky(matrix: jax.Array) -> jax.Array:
     root = _whiten_by_cholesky(matrix, jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape))
     return matmul(jnp.swapaxes(root, -2, -1), root)
 
 
-def _whiten_by_cholesky(matrix, rows):
+def _whiten_by_cholesky(matrix: jax.Array, rows: jax.Array) -> jax.Array:
     factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
     return jax.lax.linalg.triangular_solve(factor, rows, left_side=True, lower=True)
 
 
-def _whiten_by_elimination(matrix, rows):
+def _whiten_by_elimination(matrix: jax.Array, rows: jax.Array) -> jax.Array:
     return matmul(gauss_jordan(matrix, is_root=True), rows)
 
 
-def gate(kernel, residuals, condition, is_linear=True):
+def gate(kernel: jax.Array, residuals: Sequence[Any], condition: Callable, is_linear: bool = True) -> jax.Array:
     """Returns `kernel`, whose gradient passes `condition`, and so does its tangent if that is a symmetric linear map."""
     if not is_linear:
 
-        def gradients(output_gradient, kernel, *residuals):
+        def gradients(output_gradient: jax.Array, kernel: jax.Array, *residuals: Any) -> tuple[Any, ...]:
             return condition(output_gradient, *residuals), *(None for _ in residuals)
 
-        def identity_of_call(kernel, values, *_):
+        def identity_of_call(kernel: jax.Array, values: jax.Array, *_: Any) -> jax.Array:
             # Under `vmap` each mapped call has a kernel of its own, and so a gradient of its own.
             return jnp.where(jnp.isnan(values[..., :1, :1]).any(), kernel, kernel)
 
         return with_gradients(identity_of_call, gradients, kernel, *jax.lax.stop_gradient(tuple(residuals)))
 
     @jax.custom_jvp
-    def identity(kernel, residuals):
+    def identity(kernel: jax.Array, residuals: tuple[Any, ...]) -> jax.Array:
         return kernel
 
     @functools.partial(identity.defjvp, symbolic_zeros=True)
-    def _derivative(primals, tangents):
+    def _derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
         # The primal goes through the gate again: an outer derivative is taken of this function.
         tangent = tangents[0]
         conditioned = jnp.zeros_like(primals[0]) if _is_zero(tangent) else condition(tangent, *primals[1])
@@ -203,15 +208,15 @@ def gate(kernel, residuals, condition, is_linear=True):
     return identity(kernel, jax.lax.stop_gradient(tuple(residuals)))
 
 
-def product(rows, kernel, residuals, functions):
+def product(rows: jax.Array, kernel: jax.Array, residuals: Sequence[Any], functions: "ProductFunctions") -> jax.Array:
     """Returns `rows @ kernel`, whose tangent is that of the plain product with P in front of the kernel's part."""
 
     @jax.custom_jvp
-    def multiply(rows, kernel, residuals):
+    def multiply(rows: jax.Array, kernel: jax.Array, residuals: tuple[Any, ...]) -> jax.Array:
         return rows @ kernel
 
     @functools.partial(multiply.defjvp, symbolic_zeros=True)
-    def _derivative(primals, tangents):
+    def _derivative(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
         rows, kernel, residuals = primals
         rows_tangent, kernel_tangent, _ = tangents
         outputs, parts = multiply(*primals), []
@@ -226,28 +231,28 @@ def product(rows, kernel, residuals, functions):
     return multiply(rows, kernel, jax.lax.stop_gradient(tuple(residuals)))
 
 
-def _is_zero(tangent):
+def _is_zero(tangent: Any) -> bool:
     return tangent is None or isinstance(tangent, SymbolicZero)
 
 
-def with_gradients(function, gradients, *tensors):
+def with_gradients(function: Callable, gradients: Callable, *tensors: Any) -> Any:
     """Returns `function(*tensors)`, with `gradients(output_gradients, *tensors)` for its gradients."""
 
     @jax.custom_vjp
-    def call(*tensors):
+    def call(*tensors: Any) -> Any:
         return function(*tensors)
 
-    def forward(*tensors):
+    def forward(*tensors: Any) -> tuple[Any, tuple[Any, ...]]:
         return call(*tensors), tensors
 
-    def backward(tensors, output_gradients):
+    def backward(tensors: tuple[Any, ...], output_gradients: Any) -> tuple[Any, ...]:
         return tuple(gradients(output_gradients, *tensors))
 
     call.defvjp(forward, backward)
     return call(*tensors)
 
 
-def gradients_of(function, tensors):
+def gradients_of(function: Callable, tensors: Sequence[jax.Array]) -> tuple[Any, Sequence[jax.Array]]:
     """Returns the second result of `function`, and the gradients of its first, a loss."""
     gradients, results = jax.grad(function, has_aux=True)(tensors)
     return results, gradients
@@ -257,7 +262,7 @@ def gradients_of(function, tensors):
 barrier = list
 
 
-def compiled(measure, variables):
+def compiled(measure: Callable, variables: "Sequence[keras.Variable]") -> Callable[[Any], Any]:
     """Returns `measure(data, values)` as a function of the data, with the present values of the variables."""
     jitted = jax.jit(measure)
     return lambda data: jitted(data, [variable.value for variable in variables])

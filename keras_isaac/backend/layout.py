@@ -2,6 +2,8 @@
 
 import contextlib
 import contextvars
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 
@@ -9,7 +11,7 @@ import keras
 _is_by_replica = contextvars.ContextVar("keras_isaac_is_by_replica", default=False)
 
 
-def num_replicas():
+def num_replicas() -> int:
     """Returns over how many replicas a batch is spread."""
     distribution = keras.distribution.distribution()
     if distribution is None or distribution.batch_dim_name is None:
@@ -19,7 +21,7 @@ def num_replicas():
 
 
 @contextlib.contextmanager
-def by_replica(is_by_replica=True):
+def by_replica(is_by_replica: bool = True) -> Iterator[None]:
     """Says that the first axis of tensors that `with_sharding` is given in the `with` block is one of replicas."""
     token = _is_by_replica.set(is_by_replica)
     try:
@@ -28,7 +30,7 @@ def by_replica(is_by_replica=True):
         _is_by_replica.reset(token)
 
 
-def with_sharding(tensor):
+def with_sharding(tensor: Any) -> Any:
     """Keeps `tensor` whole on every device, or where its first axis is one of replicas, each device's own there."""
     distribution = keras.distribution.distribution()
     if distribution is None:

@@ -2,28 +2,36 @@
 
 import contextlib
 import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from keras_isaac.backend.precision import parts_of, product_of_parts
 from keras_isaac.backend.torch_derivatives import gate, product, with_gradients  # noqa: F401 (a part of the interface)
 
+if TYPE_CHECKING:
+    import keras
+    import numpy as np
+
 IS_STATELESS = False
 TENSORS_TAKE_ATTRIBUTES = True
+# Of traces and dampings: numbers where reading them does not wait for a device.
+Number: TypeAlias = float | torch.Tensor
 _TINY = 1e-37  # Stands in for a damping and a matrix that are both zero in float32.
 # Sizes for which comparing a matrix with the last one costs far less than inverting it, and which are not too large to keep.
 _SHARED = range(128, 1025)
-_last = torch.empty(0, 0), None
+_last: tuple[torch.Tensor, torch.Tensor | None] = torch.empty(0, 0), None
 
 
 @functools.lru_cache(maxsize=256)
-def _on_device(data, shape, dtype, device):
+def _on_device(data: bytes, shape: tuple[int, ...], dtype: str, device: torch.device) -> torch.Tensor:
     import numpy as np
 
     return torch.from_numpy(np.frombuffer(data, dtype).reshape(shape).copy()).to(device)
 
 
-def constant(array):
+def constant(array: "np.ndarray") -> torch.Tensor:
     """Returns a tensor of a NumPy array on Keras' device, where it is copied once."""
     import keras
 
@@ -38,12 +46,12 @@ clip = torch.clamp
 # Keras' own functions take longer than these.
 
 
-def stop_gradient(tensor):
+def stop_gradient(tensor: torch.Tensor) -> torch.Tensor:
     """Returns `tensor`, through which no gradient flows."""
     return tensor.detach()
 
 
-def is_tracing(tensor):
+def is_tracing(tensor: Any) -> bool:
     """Whether Python runs for the step that computes with `tensor`."""
     return True
 
@@ -52,7 +60,7 @@ def is_tracing(tensor):
 _scopes_of_process: dict[object, tuple] = {}
 
 
-def in_scopes(scopes: tuple) -> contextlib.AbstractContextManager:
+def in_scopes(scopes: tuple[Any, ...]) -> contextlib.AbstractContextManager:
     """Opens the context by which `scopes_of_recomputation` finds the scopes, and returns what closes it."""
     closing = contextlib.ExitStack()
     if not torch.compiler.is_compiling():
@@ -62,7 +70,7 @@ def in_scopes(scopes: tuple) -> contextlib.AbstractContextManager:
     return closing
 
 
-def scopes_of_recomputation() -> tuple | None:
+def scopes_of_recomputation() -> tuple[Any, ...] | None:
     """Returns the scopes of the forward pass that is recomputed here, `None` if they are closed, and nothing elsewhere."""
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
         return ()
@@ -70,52 +78,52 @@ def scopes_of_recomputation() -> tuple | None:
     return next(reversed(_scopes_of_process.values()), None)
 
 
-def untraced(function):
+def untraced(function: Callable) -> None:
     """Returns `None`: no function of a layer keeps a trace of another scope."""
     return None
 
 
-def traced_once(function):
+def traced_once(function: Callable) -> Callable:
     """Returns `function`: nothing is traced."""
     return function
 
 
-def transpose(matrix):
+def transpose(matrix: torch.Tensor) -> torch.Tensor:
     """Returns a matrix `[..., m, n]` transposed."""
     return matrix.mT
 
 
-def segment_sum(values, segments, num_segments):
+def segment_sum(values: torch.Tensor, segments: torch.Tensor, num_segments: int) -> torch.Tensor:
     """Returns the sums of the values of each segment, `[num_segments]`; that of Keras reads the segments on the host."""
     return torch.zeros(num_segments, dtype=values.dtype, device=values.device).index_add(0, segments, values)
 
 
-def matmul(a, b):
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Returns `a @ b` in full precision, whatever `torch.set_float32_matmul_precision` says."""
     if a.dtype != torch.float32 or not _rounds_products():
         return a @ b
     return product_of_parts(parts_of(a, _truncate), parts_of(b, _truncate), torch.matmul, torch.cat)
 
 
-def _rounds_products():
+def _rounds_products() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-def _truncate(tensor, mask):
+def _truncate(tensor: torch.Tensor, mask: int) -> torch.Tensor:
     return (tensor.view(torch.int32) & mask).view(torch.float32)
 
 
-def trace(matrix):
+def trace(matrix: torch.Tensor) -> torch.Tensor:
     """Returns the sum of the diagonal of `[..., k, k]`, as `[..., 1, 1]`."""
     return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
 
-def trace_of_gram(rows, gram):
+def trace_of_gram(rows: torch.Tensor, gram: torch.Tensor) -> Number:
     """Returns tr(XXᵀ) of rows `[..., r, n]`, given XXᵀ or XᵀX, as a number or as `[..., 1, 1]`."""
     return gram.trace().item() if is_in_numbers(gram) else trace(gram)
 
 
-def is_in_numbers(matrix):
+def is_in_numbers(matrix: torch.Tensor) -> bool:
     """Whether traces and dampings are read as numbers: eager PyTorch pays for operations on tensors, and a CPU has no queue."""
     if matrix.device.type != "cpu" or matrix.ndim != 2 or matrix.shape[-1] == 0 or torch.compiler.is_compiling():
         return False
@@ -127,19 +135,19 @@ def is_in_numbers(matrix):
     return not matrix.requires_grad
 
 
-def is_on_cpu(matrix):
+def is_on_cpu(matrix: torch.Tensor) -> bool:
     """Whether a matrix can be looked at without waiting for its device."""
     return matrix.device.type == "cpu"
 
 
-def relative_damping(damping, total, rank):
+def relative_damping(damping: Number, total: Number, rank: Number) -> Number:
     """Returns δ tr(M)/rank, above zero."""
     if isinstance(total, float):
         return min(max(float(damping) * total / float(rank), _TINY), 1 / _TINY)
     return (damping * total / rank).clamp(_TINY, 1 / _TINY)
 
 
-def damped_projection(matrix, total, damping, rows):
+def damped_projection(matrix: torch.Tensor, total: Number, damping: Number, rows: torch.Tensor) -> torch.Tensor:
     """Returns λ (λI + M)⁻¹ X for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
     if is_on_cpu(matrix) or matrix.shape[-1] == 0:
         return matmul(damping * damped_inverse(matrix, total, damping), rows)
@@ -149,7 +157,7 @@ def damped_projection(matrix, total, damping, rows):
     return torch.where(failed, bounded, damping * torch.cholesky_solve(rows, factor))
 
 
-def eager_projection(rows, factor, damping, is_relative):
+def eager_projection(rows: torch.Tensor, factor: torch.Tensor, damping: Number, is_relative: bool) -> torch.Tensor | None:
     """Returns P times a factor, P = λ (λI + XXᵀ/r)⁻¹ for rows X `[r, n]`; or `None` where `damped_projection` has to do it.
 
     On a CPU, where numbers can be read: one product with the damping folded into it, a Cholesky factor and its inverse.
@@ -173,11 +181,11 @@ def eager_projection(rows, factor, damping, is_relative):
 
 
 @functools.lru_cache(maxsize=32)
-def _identity(size, dtype):
+def _identity(size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.eye(size, dtype=dtype)
 
 
-def damped_inverse(matrix, total, damping):
+def damped_inverse(matrix: torch.Tensor, total: Number, damping: Number) -> torch.Tensor:
     """Returns (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total`."""
     if matrix.shape[-1] == 0:
         return matrix
@@ -188,7 +196,7 @@ def damped_inverse(matrix, total, damping):
     return torch.where(failed, bounded, torch.cholesky_inverse(factor))
 
 
-def damped_inverse_root(matrix, total, damping, rows):
+def damped_inverse_root(matrix: torch.Tensor, total: Number, damping: Number, rows: torch.Tensor) -> torch.Tensor:
     """Returns RF with RᵀR = (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
     if matrix.shape[-1] == 0:
         return rows
@@ -203,18 +211,18 @@ def damped_inverse_root(matrix, total, damping, rows):
     return whitened.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def is_indefinite(matrix, total, damping, is_root=False):
+def is_indefinite(matrix: torch.Tensor, total: Number, damping: Number, is_root: bool = False) -> torch.Tensor:
     """Returns for each matrix `[..., k, k]` whether a bound takes the place of its inverse, as `[...]`."""
     if matrix.shape[-1] == 0:
         return torch.zeros(matrix.shape[:-2], dtype=torch.bool, device=matrix.device)
     return _factor(matrix, total, damping, 4 if is_root else 1 / matrix.shape[-1])[1][..., 0, 0]
 
 
-def _damped(matrix, total, damping, floor):
+def _damped(matrix: torch.Tensor, total: Number, damping: Any, floor: float) -> torch.Tensor:
     """Returns λI + M for a λ of at least `floor` times the trace's epsilon."""
     epsilon = floor * torch.finfo(matrix.dtype).eps
     if isinstance(total, float):
-        in_force = max(float(damping), epsilon * total + _TINY)
+        in_force: Any = max(float(damping), epsilon * total + _TINY)
     else:
         in_force = torch.maximum(epsilon * total + _TINY, damping)[..., 0]
     damped = matrix.clone()
@@ -222,7 +230,7 @@ def _damped(matrix, total, damping, floor):
     return damped
 
 
-def _factor(matrix, total, damping, floor):
+def _factor(matrix: torch.Tensor, total: Number, damping: Number, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the Cholesky factor of λI + M, or another regular one, and whether it is another, as `[..., 1, 1]`."""
     # The `_ex` form neither raises nor waits for the device.
     factor, failed_at = torch.linalg.cholesky_ex(_damped(matrix, total, damping, floor))
@@ -231,17 +239,17 @@ def _factor(matrix, total, damping, floor):
     return factor.masked_fill(failed, 1.0), failed
 
 
-def _whitened(factor, rows):
+def _whitened(factor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     # From the factor at once, which spares a product.
     return torch.linalg.solve_triangular(factor, rows, upper=False)
 
 
-def _factor_if_definite(matrix):
+def _factor_if_definite(matrix: torch.Tensor) -> torch.Tensor | None:
     factor, failed_at = torch.linalg.cholesky_ex(matrix)
     return factor if failed_at.item() == 0 else None
 
 
-def _inverse_in_numbers(matrix, total, damping):
+def _inverse_in_numbers(matrix: torch.Tensor, total: Number, damping: Number) -> torch.Tensor | None:
     """Returns the inverse, or `None`. Layers that share their input, as query, key and value do, share its inverse."""
     global _last
     damped = _damped(matrix, total, damping, 1 / matrix.shape[-1])
@@ -255,7 +263,7 @@ def _inverse_in_numbers(matrix, total, damping):
     return inverse
 
 
-def gradients_of(function, tensors):
+def gradients_of(function: Callable, tensors: Sequence[torch.Tensor]) -> tuple[Any, Sequence[torch.Tensor]]:
     """Returns the second result of `function`, and the gradients of its first, a loss."""
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     # Dropout without a seed draws from PyTorch's own.
@@ -269,6 +277,6 @@ def gradients_of(function, tensors):
 barrier = list
 
 
-def compiled(measure, variables):
+def compiled(measure: Callable, variables: "Sequence[keras.Variable]") -> Callable[[Any], Any]:
     """Returns `measure(data, values)` as a function of the data, with the present values of the variables."""
     return lambda data: measure(data, [variable.value for variable in variables]).detach()

@@ -1,24 +1,29 @@
 """PyTorch: derivatives of conditioned products and kernels, under every transform."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from keras_isaac.curvature.operations import ProductFunctions
 
 # `torch.autograd.Function` binds the signature of `forward` in every call, if it is to work under the transforms of
 # `torch.func`. That takes as long as the rest of it, so that the ordinary call goes another way.
 
 
-def _with_fast_path(function):
+def _with_fast_path(function: Any) -> Callable[..., Any]:
     class FastPath(function):
         @staticmethod
-        def forward(ctx, *inputs):
+        def forward(ctx: Any, *inputs: Any) -> Any:
             outputs = function.forward(*inputs)
             function.setup_context(ctx, inputs, outputs)
             return outputs
 
         setup_context = torch.autograd.Function.setup_context
 
-    def apply(*inputs):
+    def apply(*inputs: Any) -> Any:
         try:
             return FastPath.apply(*inputs)
         except RuntimeError as error:
@@ -30,7 +35,7 @@ def _with_fast_path(function):
     return apply
 
 
-def _mapped(tensor, axis, size):
+def _mapped(tensor: torch.Tensor | None, axis: int | None, size: int) -> torch.Tensor | None:
     """Returns a tensor with the axis that `torch.func.vmap` maps in front."""
     if tensor is None or (axis is None and tensor.ndim == 0):
         return tensor
@@ -38,59 +43,60 @@ def _mapped(tensor, axis, size):
     return tensor[:, None, None] if tensor.ndim == 1 else tensor
 
 
-@_with_fast_path
-class _gate(torch.autograd.Function):  # noqa: N801 (a function to whoever calls it)
+class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(condition, is_linear, kernel, *residuals):
+    def forward(condition: Callable, is_linear: bool, kernel: torch.Tensor, *residuals: Any) -> Any:
         return kernel.view_as(kernel)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
         ctx.condition, _, _, *residuals = inputs
         ctx.save_for_backward(*residuals)
         ctx.save_for_forward(*residuals)
 
     @staticmethod
-    def backward(ctx, output_gradient):
+    def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[Any, ...]:
         # Read once: recomputation does not give them a second time.
         residuals = ctx.saved_tensors
         return None, None, ctx.condition(output_gradient, *residuals), *[None] * len(residuals)
 
     @staticmethod
-    def jvp(ctx, _, __, kernel_tangent, *___):
+    def jvp(ctx: Any, _: Any, __: Any, kernel_tangent: torch.Tensor | None, *___: Any) -> torch.Tensor | None:
         return None if kernel_tangent is None else ctx.condition(kernel_tangent, *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(info, axes, condition, is_linear, *tensors):
+    def vmap(info: Any, axes: tuple[int | None, ...], condition: Callable, is_linear: bool, *tensors: Any) -> tuple[Any, int]:
         # The kernel is mapped where only the rows are: each has a gradient of its own to condition.
-        tensors = [_mapped(tensor, axis, info.batch_size) for tensor, axis in zip(tensors, axes[2:], strict=True)]
+        mapped = [_mapped(tensor, axis, info.batch_size) for tensor, axis in zip(tensors, axes[2:], strict=True)]
         if not is_linear:
-            axes = [None if tensor is None or tensor.ndim == 0 else 0 for tensor in tensors]
-            condition = torch.func.vmap(condition, in_dims=tuple(axes))
-        return _gate(condition, is_linear, *tensors), 0
+            in_dims = tuple(None if tensor is None or tensor.ndim == 0 else 0 for tensor in mapped)
+            condition = torch.func.vmap(condition, in_dims=in_dims)
+        return _gate(condition, is_linear, *mapped), 0
 
 
-def gate(kernel, residuals, condition, is_linear=True):
+_gate = _with_fast_path(_Gate)
+
+
+def gate(kernel: torch.Tensor, residuals: Sequence[Any], condition: Callable, is_linear: bool = True) -> torch.Tensor:
     """Returns `kernel`, whose gradient passes `condition`, and so does its tangent if that is a symmetric linear map."""
     return _gate(condition, is_linear, kernel, *residuals)
 
 
-@_with_fast_path
-class _product(torch.autograd.Function):  # noqa: N801
+class _Product(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(functions, rows, kernel, *residuals):
+    def forward(functions: "ProductFunctions", rows: torch.Tensor, kernel: torch.Tensor, *residuals: Any) -> Any:
         return rows @ kernel
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
         ctx.functions, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx, output_gradient):
+    def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[Any, ...]:
         rows, kernel, *residuals = ctx.saved_tensors
         rows_gradient = kernel_gradient = None
         if ctx.needs_input_grad[1]:
@@ -103,7 +109,9 @@ class _product(torch.autograd.Function):  # noqa: N801
         return None, rows_gradient, kernel_gradient, *[None] * len(residuals)
 
     @staticmethod
-    def jvp(ctx, _, rows_tangent, kernel_tangent, *__):
+    def jvp(
+        ctx: Any, _: Any, rows_tangent: torch.Tensor | None, kernel_tangent: torch.Tensor | None, *__: Any
+    ) -> torch.Tensor | None:
         rows, kernel, *residuals = ctx.saved_tensors
         parts = []
         if rows_tangent is not None:
@@ -113,32 +121,37 @@ class _product(torch.autograd.Function):  # noqa: N801
         return functools.reduce(torch.add, parts) if parts else None
 
 
-def product(rows, kernel, residuals, functions):
+_product = _with_fast_path(_Product)
+
+
+def product(rows: torch.Tensor, kernel: torch.Tensor, residuals: Sequence[Any], functions: "ProductFunctions") -> torch.Tensor:
     """Returns `rows @ kernel`, whose kernel's tangent and gradient are conditioned."""
     return _product(functions, rows, kernel, *residuals)
 
 
-@_with_fast_path
-class _with_gradients(torch.autograd.Function):  # noqa: N801
+class _WithGradients(torch.autograd.Function):
     # `keras.ops.custom_gradient` would compute the input gradient of the first layer, which nobody asks for, and turn an
     # exception of the forward pass into a gradient of NaN.
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(function, gradients, *tensors):
+    def forward(function: Callable, gradients: Callable, *tensors: Any) -> Any:
         return function(*tensors)
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
         _, ctx.gradients, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx, *output_gradients):
+    def backward(ctx: Any, *output_gradients: Any) -> tuple[Any, ...]:
         output_gradients = output_gradients if len(output_gradients) > 1 else output_gradients[0]
         return None, None, *ctx.gradients(output_gradients, *ctx.saved_tensors)
 
 
-def with_gradients(function, gradients, *tensors):
+_with_gradients = _with_fast_path(_WithGradients)
+
+
+def with_gradients(function: Callable, gradients: Callable, *tensors: Any) -> Any:
     """Returns `function(*tensors)`, with `gradients(output_gradients, *tensors)` for its gradients."""
     return _with_gradients(function, gradients, *tensors)

@@ -20,6 +20,8 @@ not finite, neither is the result.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
@@ -41,7 +43,7 @@ from keras_isaac.curvature import plan
 
 
 @traced_once
-def sample_side(rows, output_gradient, damping, is_relative=False):
+def sample_side(rows: Any, output_gradient: Any, damping: Any, is_relative: bool = False) -> Any:
     """Returns ζ* = XᵀPG, the gradient of the kernel in `rows @ kernel`: the sample side.
 
     Args:
@@ -61,7 +63,7 @@ def sample_side(rows, output_gradient, damping, is_relative=False):
     return transpose(rows) @ _projected(rows, output_gradient, damping, is_relative)
 
 
-def _projected(rows, factor, damping, is_relative):
+def _projected(rows: Any, factor: Any, damping: Any, is_relative: bool) -> Any:
     """Returns P times a factor `[..., rows, columns]`."""
     rows = stop_gradient(rows)
     projected = eager_projection(rows, factor, damping, is_relative)
@@ -69,7 +71,7 @@ def _projected(rows, factor, damping, is_relative):
 
 
 @traced_once
-def sample_side_tangent(rows, kernel_tangent, damping, is_relative=False):
+def sample_side_tangent(rows: Any, kernel_tangent: Any, damping: Any, is_relative: bool = False) -> Any:
     """Returns P X dW, the tangent of `rows @ kernel` for a tangent `[..., in, out]` of the kernel. Its transpose is XᵀPG."""
     rows, kernel_tangent, damping = in_full_precision(rows, kernel_tangent, damping)
     gram = _sample_gram(rows, damping, is_relative)
@@ -79,7 +81,7 @@ def sample_side_tangent(rows, kernel_tangent, damping, is_relative=False):
     return matmul(damping * damped_inverse(matrix, total, damping), rows @ kernel_tangent)
 
 
-def _sample_gram(rows, damping, is_relative):
+def _sample_gram(rows: Any, damping: Any, is_relative: bool) -> tuple[Any, Any, Any]:
     """Returns XXᵀ, its trace, and the damping to add to it, from which P = λ (λI + XXᵀ/r)⁻¹ is formed.
 
     The authors form P as `I - M (λI + M)⁻¹`, which is the same matrix, but loses its digits as λ falls.
@@ -92,7 +94,16 @@ def _sample_gram(rows, damping, is_relative):
 
 
 @traced_once
-def condition(gradient, rows, damping, num_sampled=None, num_valid=None, *, form=None, is_relative=False):
+def condition(
+    gradient: Any,
+    rows: Any,
+    damping: Any,
+    num_sampled: Any = None,
+    num_valid: Any = None,
+    *,
+    form: str | None = None,
+    is_relative: bool = False,
+) -> Any:
     """Returns λ (λI + FᵀF/s)⁻¹ ∇, a finished gradient conditioned on rows: by the Woodbury form, or on the feature side.
 
     Linear and symmetric in the gradient.
@@ -122,7 +133,7 @@ def condition(gradient, rows, damping, num_sampled=None, num_valid=None, *, form
     return cast(result, dtype)
 
 
-def _woodbury(gradient, rows, damping, num_sampled, num_valid, is_relative):
+def _woodbury(gradient: Any, rows: Any, damping: Any, num_sampled: Any, num_valid: Any, is_relative: bool) -> Any:
     """Returns ∇ - (RF)ᵀ RF∇ with RᵀR = (sλI + FFᵀ)⁻¹, for few rows."""
     # Subtracts two nearly equal terms, so it is inaccurate where λ shrinks the gradient below float precision.
     gram = matmul(rows, transpose(rows))
@@ -134,7 +145,7 @@ def _woodbury(gradient, rows, damping, num_sampled, num_valid, is_relative):
     return gradient - matmul(transpose(whitened), matmul(whitened, gradient))
 
 
-def _feature_side(gradient, rows, damping, num_sampled, num_valid, is_relative):
+def _feature_side(gradient: Any, rows: Any, damping: Any, num_sampled: Any, num_valid: Any, is_relative: bool) -> Any:
     """Returns sλ (sλI + FᵀF)⁻¹ ∇, for many rows."""
     gram = matmul(transpose(rows), rows)
     total = trace_of_gram(rows, gram)
@@ -142,7 +153,7 @@ def _feature_side(gradient, rows, damping, num_sampled, num_valid, is_relative):
     return matmul(damping * damped_inverse(gram, total, damping), gradient)
 
 
-def condition_product(rows, output_gradient, damping, form, is_relative, dtype):
+def condition_product(rows: Any, output_gradient: Any, damping: Any, form: str | None, is_relative: bool, dtype: Any) -> Any:
     """Returns the conditioned gradient of the kernel in `rows @ kernel`, given that of the product.
 
     Args:
@@ -158,22 +169,24 @@ def condition_product(rows, output_gradient, damping, form, is_relative, dtype):
         return conditioned if conditioned.dtype == dtype else ops.cast(conditioned, dtype)
     rows, output_gradient = in_full_precision(rows, output_gradient)
 
-    def few():
+    def few() -> Any:
         return sample_side(rows, output_gradient, damping, is_relative)
 
-    def many():
+    def many() -> Any:
         return condition(transpose(rows) @ output_gradient, rows, damping, form=plan.FEATURE, is_relative=is_relative)
 
     return cast(if_at_most(rows.shape[-1], rows, few, many), dtype)
 
 
-def condition_outputs(gradient, output_gradient, damping, num_sampled=None, num_valid=None, is_relative=False):
+def condition_outputs(
+    gradient: Any, output_gradient: Any, damping: Any, num_sampled: Any = None, num_valid: Any = None, is_relative: bool = False
+) -> Any:
     """Returns ∇ μ (μI + GᵀG/r)⁻¹: as `condition`, on the outputs' axis `[..., in, out]` by rows `[..., rows, out]`."""
     counts = num_sampled, num_valid
     return transpose(condition(transpose(gradient), output_gradient, damping, *counts, is_relative=is_relative))
 
 
-def with_norm_of(gradient, conditioned):
+def with_norm_of(gradient: Any, conditioned: Any) -> Any:
     """Returns the conditioned gradient, scaled to the norm of the gradient."""
     dtype = conditioned.dtype
     gradient, conditioned = in_full_precision(gradient, conditioned)
@@ -183,14 +196,14 @@ def with_norm_of(gradient, conditioned):
     return cast(conditioned * ops.sqrt(ops.where(is_short, square / conditioned_square, 1.0)), dtype)
 
 
-def if_at_most(limit, rows, few, many):
+def if_at_most(limit: int, rows: Any, few: Callable[[], Any], many: Callable[[], Any]) -> Any:
     """Chooses between two computations by the number of rows: while tracing where it is known, else in the graph."""
     if rows.shape[-2] is not None:
         return few() if rows.shape[-2] <= limit else many()
     return ops.cond(ops.shape(rows)[-2] <= limit, few, many)
 
 
-def summed_damping(total, damping, rows, num_sampled, num_valid, is_relative):
+def summed_damping(total: Any, damping: Any, rows: Any, num_sampled: Any, num_valid: Any, is_relative: bool) -> Any:
     """Returns the damping to add to a Gram matrix of the trace `total`, a sum over s rows: λs, or δ tr(M)/rank.
 
     The rank is that of all the layer's rows, so that the unit of δ does not depend on how many of them are sampled.
@@ -204,14 +217,14 @@ def summed_damping(total, damping, rows, num_sampled, num_valid, is_relative):
     return relative_damping(damping, total, rank)
 
 
-def _count(count, rows):
+def _count(count: Any, rows: Any) -> Any:
     """Returns a number of rows, at least one; `None` means the number of `rows`."""
     if count is None:
         count = rows.shape[-2] if rows.shape[-2] is not None else ops.shape(rows)[-2]
     return max(count, 1) if isinstance(count, int) else clip(ops.cast(count, rows.dtype), 1)
 
 
-def in_full_precision(rows, *others):
+def in_full_precision(rows: Any, *others: Any) -> list[Any]:
     """Returns the tensors in float64 if the first one is, and else in float32."""
     dtype = "float64" if _name_of(rows.dtype) == "float64" else "float32"
     tensors = [rows, *others]
@@ -222,7 +235,7 @@ def in_full_precision(rows, *others):
     return tensors
 
 
-def cast(tensor, dtype):
+def cast(tensor: Any, dtype: Any) -> Any:
     """Returns a tensor in a dtype; eager PyTorch is spared the call where it has that already."""
     return tensor if _name_of(tensor.dtype) == _name_of(dtype) else ops.cast(tensor, dtype)
 

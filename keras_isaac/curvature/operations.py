@@ -51,7 +51,17 @@ def conditioned_kernel(kernel: Any, rows: Rows, form: str | None, conditioning: 
     return backend.gate(kernel, residuals, condition, is_linear=not conditioning.preserve_norm)
 
 
-def _condition_finished(gradient, values, damping, num_sampled, num_valid, *, static_counts, form, conditioning):
+def _condition_finished(
+    gradient: Any,
+    values: Any,
+    damping: Any,
+    num_sampled: Any,
+    num_valid: Any,
+    *,
+    static_counts: tuple[int, int] | None,
+    form: str | None,
+    conditioning: Conditioning,
+) -> Any:
     counts = static_counts or (num_sampled, num_valid)
     is_relative = conditioning.relative_damping
     conditioned = conditioner.condition(gradient, values, damping, *counts, form=form, is_relative=is_relative)
@@ -78,22 +88,24 @@ def conditioned_matmul(
         return inputs @ conditioned_kernel(kernel, rows, form, conditioning)
     is_relative, dtype = conditioning.relative_damping, kernel.dtype
 
-    def tangent(inputs, kernel_tangent, damping):
+    def tangent(inputs: Any, kernel_tangent: Any, damping: Any) -> Any:
         return conditioner.sample_side_tangent(inputs, kernel_tangent, damping, is_relative)
 
     condition = functools.partial(conditioner.condition_product, form=form, is_relative=is_relative, dtype=dtype)
 
-    def gate(kernel, inputs, damping):
+    def gate(kernel: Any, inputs: Any, damping: Any) -> Any:
         return conditioned_kernel(kernel, rows._replace(values=inputs), None, conditioning)
 
     return backend.product(inputs, kernel, (conditioning.damping,), ProductFunctions(tangent, condition, gate))
 
 
-def _matmul_with_outputs(inputs, kernel, rows, form, conditioning):
+def _matmul_with_outputs(inputs: Any, kernel: Any, rows: Rows, form: str | None, conditioning: Conditioning) -> Any:
     """Returns the product under an output damping, which is not linear in the gradient."""
     is_relative, output_damping = conditioning.relative_damping, conditioning.output_damping
 
-    def gradients(output_gradient, inputs, kernel, damping, output_damping, values):
+    def gradients(
+        output_gradient: Any, inputs: Any, kernel: Any, damping: Any, output_damping: Any, values: Any
+    ) -> tuple[Any, ...]:
         full_inputs, full_gradient = conditioner.in_full_precision(inputs, output_gradient)
         plain = backend.transpose(full_inputs) @ full_gradient
         if form in (plan.SAMPLE, None):
@@ -116,7 +128,7 @@ def _matmul_with_outputs(inputs, kernel, rows, form, conditioning):
         inputs_gradient = output_gradient @ backend.transpose(gated)
         return inputs_gradient, conditioner.cast(conditioned, kernel.dtype), None, None, None
 
-    def multiply(inputs, kernel, *_):
+    def multiply(inputs: Any, kernel: Any, *_: Any) -> Any:
         return inputs @ kernel
 
     values = backend.stop_gradient(rows.values)
@@ -126,7 +138,7 @@ def _matmul_with_outputs(inputs, kernel, rows, form, conditioning):
 def scaled_gradient(tensor: Any, scale: Any) -> Any:
     """Returns `tensor`; its gradient is multiplied by `scale`, which broadcasts to it."""
 
-    def condition(gradient, scale):
+    def condition(gradient: Any, scale: Any) -> Any:
         # In float32 or better: a small scale is zero in float16.
         (full,) = conditioner.in_full_precision(gradient)
         return conditioner.cast(full * conditioner.cast(scale, full.dtype), gradient.dtype)
@@ -137,7 +149,7 @@ def scaled_gradient(tensor: Any, scale: Any) -> Any:
 def scaled_gradient_of_norm(tensor: Any, scale: Any) -> Any:
     """Returns `tensor`; its gradient is multiplied by `scale`, and then scaled to the norm that it had."""
 
-    def gradients(output_gradient, tensor, scale):
+    def gradients(output_gradient: Any, tensor: Any, scale: Any) -> tuple[Any, ...]:
         full, scale = conditioner.in_full_precision(output_gradient, scale)
         return conditioner.cast(conditioner.with_norm_of(full, full * scale), tensor.dtype), None
 

@@ -24,7 +24,7 @@ class KernelCall:
         reason: string, why this call leaves the kernel's gradient plain, or `None`. Nothing else is known of such a call.
     """
 
-    shape: tuple
+    shape: tuple[Any, ...]
     rows: Rows | None = None
     has_product: bool = False
     num_output_rows: int | None = None

@@ -98,7 +98,7 @@ def product_rows(values: Any, conditioning: Conditioning, is_shared: bool, num_t
     return Rows(values, num_sampled, num_valid, num_total, True)
 
 
-def expected_total(sizes: tuple) -> int | None:
+def expected_total(sizes: tuple[Any, ...]) -> int | None:
     """Returns how many rows there are, given the sizes of samples and positions."""
     samples, *positions = sizes
     return None if None in positions else math.prod((samples or _DEFAULT_BATCH_SIZE, *positions))
@@ -109,7 +109,7 @@ def num_read(conditioning: Conditioning) -> int:
     return max(plan.NUM_READ, conditioning.max_rows or 0)
 
 
-def condensed(rows: Rows, shape: tuple, conditioning: Conditioning) -> Rows:
+def condensed(rows: Rows, shape: tuple[int, ...], conditioning: Conditioning) -> Rows:
     """Returns as many rows as `plan.num_kept` allows for a kernel of this shape: as they are, or sums of them."""
     if not rows.is_shared:
         return rows

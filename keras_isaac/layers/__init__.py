@@ -16,7 +16,7 @@ from keras_isaac.layers.convolution import ConvAdapter, ConvTransposeAdapter, Se
 from keras_isaac.layers.dense import DenseAdapter
 from keras_isaac.layers.einsum import EinsumDenseAdapter
 from keras_isaac.layers.embedding import EmbeddingAdapter, ReversibleEmbeddingAdapter
-from keras_isaac.layers.products import conditioned
+from keras_isaac.layers.products import ConditioningOf, conditioned
 from keras_isaac.layers.recurrent import BidirectionalAdapter, RNNAdapter
 from keras_isaac.layers.registered import RegisteredAdapter
 from keras_isaac.layers.time_distributed import TimeDistributedAdapter
@@ -109,7 +109,7 @@ class Adapter(Protocol):
     def kernels(self, layer: Any) -> list[keras.Variable]:
         """Lists the variables of `layer` that are conditioned."""
 
-    def call(self, layer: Any, conditioning_of: Callable[[keras.Variable], Any], /, *args: Any, **kwargs: Any) -> Any:
+    def call(self, layer: Any, conditioning_of: ConditioningOf, /, *args: Any, **kwargs: Any) -> Any:
         """Returns what the `call` of `layer` returns, its products conditioned."""
 
 
@@ -157,7 +157,7 @@ def register_adapter(layer_class: type[keras.Layer], adapter: Adapter) -> None:
     _ADAPTERS[layer_class.call] = adapter
 
 
-def _check_call(layer_class):
+def _check_call(layer_class: type[keras.Layer]) -> None:
     # Layers are known by their function: an inherited one is that of other layers too.
     if "call" not in vars(layer_class):
         owner = next(base for base in layer_class.__mro__ if "call" in vars(base))
@@ -168,12 +168,12 @@ def _check_call(layer_class):
         )
 
 
-def adapter_of(layer):
+def adapter_of(layer: keras.Layer) -> Any:
     """Returns the adapter of `layer`, or `None` if its kind is not supported."""
     return _ADAPTERS.get(type(layer).call)
 
 
-def kernels_of(layer):
+def kernels_of(layer: keras.Layer) -> list[keras.Variable]:
     """Returns the variables that the adapter of `layer` conditions.
 
     A kernel that the layer computes, as weight normalization does, is none: the conditioned gradient of the product is no
@@ -182,7 +182,7 @@ def kernels_of(layer):
     return [kernel for kernel in adapter_of(layer).kernels(layer) if isinstance(kernel, keras.Variable)]
 
 
-def supported_kinds():
+def supported_kinds() -> list[str]:
     """Returns the names of the layers that can be conditioned."""
     kinds = [name for name in _KINDS if hasattr(keras.layers, name)]
     registered = [adapter.name for adapter in _ADAPTERS.values() if isinstance(adapter, RegisteredAdapter)]

@@ -1,5 +1,7 @@
 """How convolutions read as rows times a kernel."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -7,25 +9,27 @@ from keras_isaac.curvature.rows import Rows, sampled_rows
 from keras_isaac.keras_hooks import call_with
 from keras_isaac.layers.lora import conditioned_factors, has_lora, main_kernels
 from keras_isaac.layers.patches import patches
-from keras_isaac.layers.products import bias_and_activation, conditioned
+from keras_isaac.layers.products import ConditioningOf, bias_and_activation, conditioned, conditioning_in_force
+from keras_isaac.scope import Conditioning
 
 
 class ConvAdapter:
     """`Conv1D/2D/3D` (and `DepthwiseConv`): a row is a patch of the inputs; feature groups are groups."""
 
     @staticmethod
-    def kernels(layer):
+    def kernels(layer: Any) -> list[keras.Variable]:
         """The kernel, or LoRA's factors."""
         return main_kernels(layer)
 
     @staticmethod
-    def call(layer, conditioning_of, inputs):
+    def call(layer: Any, conditioning_of: ConditioningOf, inputs: Any) -> Any:
         """The layer's own `call`, its kernel conditioned on patches."""
         if has_lora(layer):
             return _call_with_factors(layer, conditioning_of, inputs)
         depthwise = isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D))
         value = ops.convert_to_tensor(layer.kernel)
-        value = _conditioned_convolution(layer, value, conditioning_of(layer.kernel), inputs, depthwise)
+        conditioning = conditioning_in_force([layer.kernel], conditioning_of)
+        value = _conditioned_convolution(layer, value, conditioning, inputs, depthwise)
         return call_with(layer, [(layer.kernel, value)], inputs)
 
 
@@ -33,12 +37,12 @@ class SeparableConvAdapter:
     """`SeparableConv1D/2D`: a depthwise convolution, and a product with what it returns at each position."""
 
     @staticmethod
-    def kernels(layer):
+    def kernels(layer: Any) -> list[keras.Variable]:
         """Both kernels."""
         return [layer.depthwise_kernel, layer.pointwise_kernel]
 
     @staticmethod
-    def call(layer, conditioning_of, inputs):
+    def call(layer: Any, conditioning_of: ConditioningOf, inputs: Any) -> Any:
         """The layer's own `call` in its two steps."""
         depthwise, pointwise = (ops.convert_to_tensor(kernel) for kernel in SeparableConvAdapter.kernels(layer))
         conditioning = conditioning_of(layer.depthwise_kernel)
@@ -60,15 +64,15 @@ class ConvTransposeAdapter:
     """`Conv1D/2D/3DTranspose`: every pixel of the inputs is a row."""
 
     @staticmethod
-    def kernels(layer):
+    def kernels(layer: Any) -> list[keras.Variable]:
         """The kernel, `[*kernel_size, out, in]`."""
         return [layer.kernel]
 
     @staticmethod
-    def call(layer, conditioning_of, inputs):
+    def call(layer: Any, conditioning_of: ConditioningOf, inputs: Any) -> Any:
         """The layer's own `call`, its kernel conditioned on pixels."""
         value = ops.convert_to_tensor(layer.kernel)
-        conditioning = conditioning_of(layer.kernel)
+        conditioning = conditioning_in_force([layer.kernel], conditioning_of)
         rows = sampled_rows(channels_last(layer, inputs), conditioning)
         # [*kernel_size, out, in] -> [in, kernel positions * out]
         matrix = ops.transpose(ops.reshape(value, (-1, value.shape[-1])))
@@ -76,16 +80,16 @@ class ConvTransposeAdapter:
         return call_with(layer, [(layer.kernel, ops.reshape(ops.transpose(matrix), value.shape))], inputs)
 
 
-def _call_with_factors(layer, conditioning_of, inputs):
+def _call_with_factors(layer: Any, conditioning_of: ConditioningOf, inputs: Any) -> Any:
     """Returns the layer's own `call`, with LoRA's factors `[*kernel_size, in of a group, rank]`, `[rank, out]` conditioned."""
     kernels = ConvAdapter.kernels(layer)
-    (conditioning, *_) = filter(None, map(conditioning_of, kernels))
+    conditioning = conditioning_in_force(kernels, conditioning_of)
     rows = _patches_of_groups(layer, channels_last(layer, inputs), conditioning, layer.groups)
     a, b = (ops.convert_to_tensor(kernel) for kernel in kernels)
     first, second = ops.reshape(a, (-1, a.shape[-1])), b
     if layer.groups > 1:
         # One first factor multiplies the patches of all groups. Each group's product multiplies its own columns of the second.
-        counts = {
+        counts: dict[str, Any] = {
             name: None if number is None else number * layer.groups
             for name, number in rows._asdict().items()
             if name.startswith("num_")
@@ -97,7 +101,7 @@ def _call_with_factors(layer, conditioning_of, inputs):
     return call_with(layer, zip(kernels, (ops.reshape(first, a.shape), second), strict=True), inputs)
 
 
-def _patches_of_groups(layer, inputs, conditioning, groups):
+def _patches_of_groups(layer: Any, inputs: Any, conditioning: Conditioning, groups: int) -> Rows:
     """Returns the patches of channels-last `inputs` as `Rows` `[rows, positions * in]`, or `[groups, ...]` of many groups."""
     inputs = ops.stop_gradient(inputs)
     rows = patches(inputs, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding, conditioning)
@@ -113,19 +117,19 @@ def rows_of_groups(rows: Rows, size: int, num_in: int, groups: int) -> Rows:
     return rows._replace(values=ops.reshape(values, (groups, -1, size * num_in)))
 
 
-def matrix_of(kernel, num_in, groups):
+def matrix_of(kernel: Any, num_in: int, groups: int) -> Any:
     """Returns a kernel `[*kernel_size, in, groups * out]` as a matrix `[positions * in, out]`, or `[groups, ...]`."""
     if groups == 1:
         return ops.reshape(kernel, (num_in, -1))
     return ops.swapaxes(ops.reshape(kernel, (num_in, groups, -1)), 0, 1)
 
 
-def kernel_of(matrix, shape, groups):
+def kernel_of(matrix: Any, shape: tuple[int, ...], groups: int) -> Any:
     """Returns a matrix of `matrix_of` in the kernel's `shape`."""
     return ops.reshape(ops.swapaxes(matrix, 0, 1) if groups > 1 else matrix, shape)
 
 
-def _conditioned_convolution(layer, kernel, conditioning, inputs, depthwise):
+def _conditioned_convolution(layer: Any, kernel: Any, conditioning: Conditioning, inputs: Any, depthwise: bool) -> Any:
     """Returns the kernel, its gradient conditioned on patches.
 
     The kernel is `[*kernel_size, in of a group, out of all groups]`; if depthwise, `[*kernel_size, channels, multiplier]`,
@@ -138,6 +142,6 @@ def _conditioned_convolution(layer, kernel, conditioning, inputs, depthwise):
     return kernel_of(conditioned(matrix, conditioning, rows), kernel.shape, groups)
 
 
-def channels_last(layer, images, axis=1):
+def channels_last(layer: Any, images: Any, axis: int = 1) -> Any:
     """Returns images with their channels, which are at `axis` where they come first, as the last axis."""
     return images if layer.data_format == "channels_last" else ops.moveaxis(images, axis, -1)

@@ -12,7 +12,8 @@ from keras_isaac.curvature.record import KernelCall
 from keras_isaac.curvature.rows import sampled_rows
 from keras_isaac.keras_hooks import call_with, mask_of, own_call, quantization
 from keras_isaac.layers.lora import conditioned_factors, has_lora
-from keras_isaac.layers.products import as_dense, conditioned, product
+from keras_isaac.layers.products import ConditioningOf, as_dense, conditioned, conditioning_in_force, product
+from keras_isaac.scope import Conditioning
 
 
 class EmbeddingAdapter:
@@ -23,14 +24,14 @@ class EmbeddingAdapter:
     """
 
     @staticmethod
-    def kernels(layer):
+    def kernels(layer: Any) -> list[keras.Variable]:
         """The table, or LoRA's factors."""
         if has_lora(layer):
             return [layer.lora_embeddings_a, layer.lora_embeddings_b]
         return [layer.embeddings] if quantization(layer) is None else []
 
     @staticmethod
-    def call(layer, conditioning_of, inputs):
+    def call(layer: Any, conditioning_of: ConditioningOf, inputs: Any) -> Any:
         """`Embedding.call`, the gradient of each token's row scaled."""
         if hasattr(inputs, "with_flat_values"):
             # TensorFlow's ragged tensor.
@@ -38,7 +39,7 @@ class EmbeddingAdapter:
         if has_lora(layer):
             return call_with(layer, _conditioned_values(layer, conditioning_of, inputs), inputs)
         (kernel,) = EmbeddingAdapter.kernels(layer)
-        conditioning = conditioning_of(kernel)
+        conditioning = conditioning_in_force([kernel], conditioning_of)
         if conditioning.preserve_norm:
             return call_with(layer, _conditioned_values(layer, conditioning_of, inputs), inputs)
         # A row's gradient is the sum of its tokens' gradients. Scaling those keeps TensorFlow's gradient sparse.
@@ -52,13 +53,13 @@ class ReversibleEmbeddingAdapter:
     """`ReversibleEmbedding`: an `Embedding`, and in reverse a product with its table transposed, or with another kernel."""
 
     @staticmethod
-    def kernels(layer):
+    def kernels(layer: Any) -> list[keras.Variable]:
         """The table, or LoRA's factors; and, if the weights are not tied, the reverse kernel."""
         has_reverse_kernel = not layer.tie_weights and quantization(layer) is None
         return EmbeddingAdapter.kernels(layer) + ([layer.reverse_embeddings] if has_reverse_kernel else [])
 
     @staticmethod
-    def call(layer, conditioning_of, inputs, reverse=False):
+    def call(layer: Any, conditioning_of: ConditioningOf, inputs: Any, reverse: bool = False) -> Any:
         """`ReversibleEmbedding.call`."""
         kernels = [layer.reverse_embeddings] if reverse and not layer.tie_weights else EmbeddingAdapter.kernels(layer)
         # Quantized, the layer does not use the factors in reverse.
@@ -73,8 +74,8 @@ class ReversibleEmbeddingAdapter:
             return outputs
         if len(kernels) == 2:
             return call_with(layer, _factors_in_reverse(kernels, conditioning_of, inputs), inputs, reverse=True)
-        kernel, conditioning = kernels[0], conditioning_of(kernels[0])
-        value = ops.convert_to_tensor(kernel)
+        conditioning = conditioning_in_force(kernels, conditioning_of)
+        value = ops.convert_to_tensor(kernels[0])
         value = ops.transpose(value) if layer.tie_weights else value
         mask = mask_of(inputs)
         if layer.reverse_dtype is not None:
@@ -85,7 +86,7 @@ class ReversibleEmbeddingAdapter:
         return logits
 
 
-def _token_scale(layer: Any, tokens: Any, conditioning: Any, shape: tuple) -> Any:
+def _token_scale(layer: Any, tokens: Any, conditioning: Conditioning, shape: tuple[int, ...]) -> Any:
     """Returns λ (λ + count/r)⁻¹ for every row of the table, `[input_dim]`. Padding is not valid if the layer masks it."""
     conditioning.refuse_outputs()
     # Keras looks up what a sparse tensor leaves out as token 0.
@@ -107,13 +108,13 @@ def _token_scale(layer: Any, tokens: Any, conditioning: Any, shape: tuple) -> An
     return damping / (damping + frequency)
 
 
-def _conditioned_values(layer, conditioning_of, inputs):
+def _conditioned_values(layer: Any, conditioning_of: ConditioningOf, inputs: Any) -> list[tuple[keras.Variable, Any]]:
     """Returns pairs of each of the kernels that train and its tensor, the gradient of the table a dense one."""
     kernels = EmbeddingAdapter.kernels(layer)
     tokens, table = ops.cast(as_dense(inputs), "int32"), ops.convert_to_tensor(kernels[0])
     conditioning, *others = map(conditioning_of, kernels)
     values = []
-    if any(others):
+    if others and others[0] is not None:
         # The inputs of LoRA's second factor are what is looked up in the first.
         mask = tokens != 0 if layer.mask_zero else None
         rows = sampled_rows(ops.take(ops.stop_gradient(table), tokens, axis=0), others[0], mask)
@@ -125,12 +126,14 @@ def _conditioned_values(layer, conditioning_of, inputs):
     return values
 
 
-def _factors_in_reverse(kernels, conditioning_of, inputs):
+def _factors_in_reverse(
+    kernels: list[keras.Variable], conditioning_of: ConditioningOf, inputs: Any
+) -> list[tuple[keras.Variable, Any]]:
     """Returns pairs of LoRA's factors and tensors, for a product of the inputs with their transposes."""
-    (conditioning, *_) = filter(None, map(conditioning_of, kernels))
+    conditioning = conditioning_in_force(kernels, conditioning_of)
     rows = sampled_rows(inputs, conditioning, mask_of(inputs))
     # The inputs are multiplied by the second factor first.
     kernels = kernels[::-1]
     matrices = [ops.transpose(ops.convert_to_tensor(kernel)) for kernel in kernels]
-    matrices = conditioned_factors(kernels, matrices, conditioning_of, rows)
-    return [(kernel, ops.transpose(matrix)) for kernel, matrix in zip(kernels, matrices, strict=True)]
+    factors = conditioned_factors(kernels, matrices, conditioning_of, rows)
+    return [(kernel, ops.transpose(factor)) for kernel, factor in zip(kernels, factors, strict=True)]

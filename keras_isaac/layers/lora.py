@@ -1,7 +1,7 @@
 """LoRA, which several layers have: their kernel's two factors, conditioned instead of the kernel."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -9,8 +9,7 @@ from keras import ops
 
 from keras_isaac.curvature.rows import Rows, condensed
 from keras_isaac.keras_hooks import quantization
-from keras_isaac.layers.products import conditioned
-from keras_isaac.scope import Conditioning
+from keras_isaac.layers.products import ConditioningOf, conditioned, conditioning_in_force
 
 
 def has_lora(layer: keras.Layer) -> bool:
@@ -29,7 +28,7 @@ def main_kernels(layer: Any) -> list[keras.Variable]:
 def conditioned_factors(
     kernels: Sequence[keras.Variable],
     matrices: Sequence[Any],
-    conditioning_of: Callable[[keras.Variable], Conditioning | None],
+    conditioning_of: ConditioningOf,
     rows: Rows,
 ) -> tuple[Any, Any]:
     """Returns the matrices of LoRA's factors; the gradients of those that train are conditioned.
@@ -44,9 +43,8 @@ def conditioned_factors(
         rows: `Rows` `[(groups,) rows, in]`, the inputs of the first factor.
     """
     (first, second), conditionings = matrices, [conditioning_of(kernel) for kernel in kernels]
-    in_force = next(conditioning for conditioning in conditionings if conditioning is not None)
     # Sums of rows are inputs of the second factor as well as rows are.
-    rows = condensed(rows, tuple(first.shape), in_force)
+    rows = condensed(rows, tuple(first.shape), conditioning_in_force(kernels, conditioning_of))
     if conditionings[1] is not None:
         second = conditioned(second, conditionings[1], _rows_of_second(rows, first, second))
     if conditionings[0] is not None:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from keras import ops
@@ -12,8 +12,14 @@ from keras import ops
 from keras_isaac.curvature.rows import Rows, as_index, expected_total, num_read, sampled_rows, subsample, subsample_indices
 from keras_isaac.scope import Conditioning
 
+# Of a convolution: lengths, paddings before, strides, numbers of positions, each a spatial axis, the offsets of the kernel's
+# positions, and whether there is padding. Lengths, paddings and numbers are integers or scalar tensors.
+_Grid: TypeAlias = tuple[tuple[Any, ...], tuple[Any, ...], tuple[int, ...], tuple[Any, ...], tuple[tuple[int, ...], ...], bool]
 
-def positions(lengths: Any, kernel_size: tuple, strides: tuple, dilation_rate: tuple, padding: str) -> tuple[tuple, tuple]:
+
+def positions(
+    lengths: Any, kernel_size: tuple[int, ...], strides: tuple[int, ...], dilation_rate: tuple[int, ...], padding: str
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Returns a convolution's padding before each spatial axis, and its number of positions along it.
 
     Args:
@@ -36,7 +42,12 @@ def positions(lengths: Any, kernel_size: tuple, strides: tuple, dilation_rate: t
 
 
 def patches(
-    inputs: Any, kernel_size: tuple, strides: tuple, dilation_rate: tuple, padding: str, conditioning: Conditioning
+    inputs: Any,
+    kernel_size: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilation_rate: tuple[int, ...],
+    padding: str,
+    conditioning: Conditioning,
 ) -> Rows:
     """Returns the patches of channels-last `inputs` that a convolution multiplies, as `Rows` `[rows, positions, channels]`.
 
@@ -83,9 +94,9 @@ def patch_rows(
     images: Any,
     conditioning: Conditioning,
     mask: Any,
-    kernel_size: tuple,
-    strides: tuple,
-    dilation_rate: tuple,
+    kernel_size: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilation_rate: tuple[int, ...],
     padding: str,
 ) -> Rows:
     """Returns the patches that a convolution multiplies in the images of all time steps, as `Rows` of a matrix.
@@ -124,7 +135,7 @@ def patch_rows(
     return Rows(values * ops.cast(mask, values.dtype), num_sampled, num_valid, rows.num_total, True)
 
 
-def _some_patches(inputs, grid, max_rows):
+def _some_patches(inputs: Any, grid: _Grid, max_rows: int) -> Any:
     """Returns the patches of a coarse grid of positions, of some samples."""
     num_samples, num_channels = ops.shape(inputs)[0], inputs.shape[-1]
     is_static = _is_static(num_samples, grid)
@@ -135,17 +146,16 @@ def _some_patches(inputs, grid, max_rows):
     return rows if is_inside is None else ops.where(as_index(is_inside)[..., None], rows, ops.zeros((), rows.dtype))
 
 
-def _is_static(num_samples, grid):
+def _is_static(num_samples: Any, grid: _Grid) -> bool:
     return all(isinstance(size, int) for size in (num_samples, *grid[0]))
 
 
-def _places(num_samples, grid, max_rows):
+def _places(num_samples: Any, grid: _Grid, max_rows: int) -> tuple[Any, Any]:
     """Returns which of the flattened pixels make up the patches `[rows, kernel positions]`, and which of those there are.
 
     Args:
         num_samples: integer, or scalar tensor.
-        grid: lengths, paddings before, strides, numbers of positions, each a spatial axis, the offsets of the kernel's
-            positions, and whether there is padding. Lengths, paddings and numbers are integers or scalar tensors.
+        grid: the convolution, see `_Grid`.
         max_rows: integer.
     """
     lengths, before, strides, outputs, offsets, is_padded = grid

@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import keras
 from keras import ops
@@ -14,6 +14,9 @@ from keras_isaac.curvature.conditioner import cast
 from keras_isaac.curvature.record import SPARSE, KernelCall
 from keras_isaac.curvature.rows import Rows, condensed, expected_total, num_read, product_rows, sampled_rows
 from keras_isaac.scope import Conditioning
+
+# Returns the `Conditioning` of a kernel, or `None` where its gradient stays plain.
+ConditioningOf: TypeAlias = Callable[[keras.Variable], Conditioning | None]
 
 
 def conditioned(matrix: Any, conditioning: Conditioning, rows: Rows) -> Any:
@@ -29,6 +32,11 @@ def conditioned(matrix: Any, conditioning: Conditioning, rows: Rows) -> Any:
     call = KernelCall(tuple(matrix.shape), rows)
     conditioning.note(call)
     return operations.conditioned_kernel(matrix, rows, plan.choose(call), conditioning)
+
+
+def conditioning_in_force(kernels: Iterable[keras.Variable], conditioning_of: ConditioningOf) -> Conditioning:
+    """Returns the `Conditioning` of the first kernel that has one. An adapter is called only if one of its kernels does."""
+    return next(filter(None, map(conditioning_of, kernels)))
 
 
 def product(inputs: Any, kernel: Any, conditioning: Conditioning, mask: Any = None, num_groups: int = 0) -> Any:
@@ -86,7 +94,7 @@ def _conditioned_product(matrix: Any, kernel: Any, conditioning: Conditioning, r
     return operations.conditioned_matmul(matrix, kernel, rows, has_product, plan.choose(call), conditioning)
 
 
-def _num_output_rows(matrix: Any, shape: tuple, conditioning: Conditioning, rows: Rows) -> int | None:
+def _num_output_rows(matrix: Any, shape: tuple[int, ...], conditioning: Conditioning, rows: Rows) -> int | None:
     num_rows = matrix.shape[-2]
     if not rows.is_shared or num_rows is None:
         return num_rows

@@ -8,6 +8,8 @@ states to the probe, as its gradient, which reaches the conditioner together wit
 
 import contextlib
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -15,11 +17,12 @@ from keras import ops
 from keras_isaac import backend
 from keras_isaac.curvature import conditioner, plan
 from keras_isaac.curvature.record import KernelCall
-from keras_isaac.curvature.rows import condensed, sampled_rows
+from keras_isaac.curvature.rows import Rows, condensed, sampled_rows
 from keras_isaac.keras_hooks import call_with, with_attributes
 from keras_isaac.layers.convolution import channels_last
 from keras_isaac.layers.patches import patch_rows
-from keras_isaac.layers.products import conditioned
+from keras_isaac.layers.products import ConditioningOf, conditioned
+from keras_isaac.scope import Conditioning
 
 _CELLS = {cell.call for cell in (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)}
 
@@ -28,18 +31,25 @@ class RNNAdapter:
     """`SimpleRNN`, `LSTM`, `GRU`, `ConvLSTM`, and `RNN` of their cells: a row is an input or a state at a step, or a patch."""
 
     @staticmethod
-    def kernels(layer):
+    def kernels(layer: Any) -> list[keras.Variable]:
         """The kernel and the recurrent kernel of each cell."""
         return [kernel for cell in _cells(layer) for kernel in (cell.kernel, cell.recurrent_kernel)]
 
     @staticmethod
-    def notes(layer):
+    def notes(layer: Any) -> dict[int, str]:
         """Which part of a kernel is plain, by the kernel's id."""
         note = "candidate block plain: a gate multiplies its rows"
         return {id(cell.recurrent_kernel): note for cell in _cells(layer) if _columns_of_states(cell) is not None}
 
     @staticmethod
-    def call(layer, conditioning_of, sequences, initial_state=None, mask=None, training=False):
+    def call(
+        layer: Any,
+        conditioning_of: ConditioningOf,
+        sequences: Any,
+        initial_state: Any = None,
+        mask: Any = None,
+        training: bool = False,
+    ) -> Any:
         """The layer's own `call`, its kernels conditioned."""
         step_mask = None if mask is None else ops.cast(keras.tree.flatten(mask)[0], "bool")
         read = _read_stack if isinstance(layer.cell, keras.layers.StackedRNNCells) else _read_cell
@@ -54,20 +64,20 @@ class BidirectionalAdapter:
     """`Bidirectional`: each of its two layers is conditioned by itself."""
 
     @staticmethod
-    def kernels(layer):
+    def kernels(layer: Any) -> list[keras.Variable]:
         """Those of the two layers."""
         both = (layer.forward_layer, layer.backward_layer)
         return [kernel for each in both if isinstance(each, keras.layers.RNN) for kernel in RNNAdapter.kernels(each)]
 
     @staticmethod
-    def call(layer, conditioning_of, *args, **kwargs):
+    def call(layer: Any, conditioning_of: ConditioningOf, *args: Any, **kwargs: Any) -> Any:
         """The layer's own `call`."""
         # On a GPU, Keras may pass both layers over and run their kernels in one operation, but not where they are stateful.
         with with_attributes(layer, stateful=True):
             return type(layer).call(layer, *args, **kwargs)
 
 
-def _cells(layer):
+def _cells(layer: Any) -> list[Any]:
     """Returns the cells of a layer that are of a known kind."""
     if _is_convolution(layer):
         return [layer.cell]
@@ -75,11 +85,11 @@ def _cells(layer):
     return [cell for cell in cells if getattr(type(cell), "call", None) in _CELLS]
 
 
-def _is_convolution(layer):
+def _is_convolution(layer: keras.Layer) -> bool:
     return type(layer).call is keras.layers.ConvLSTM2D.call
 
 
-def _columns_of_states(cell):
+def _columns_of_states(cell: Any) -> int | None:
     """Returns how many columns of the recurrent kernel multiply states, and not gated states; `None` for all."""
     return None if getattr(cell, "reset_after", True) else 2 * cell.units
 
@@ -95,7 +105,14 @@ class _LateKernel:
         columns: integer, how many columns of the kernel multiply the rows. Defaults to `None`: all.
     """
 
-    def __init__(self, kernel, conditioning, shape, rows_of, columns=None):
+    def __init__(
+        self,
+        kernel: keras.Variable,
+        conditioning: Conditioning,
+        shape: tuple[Any, ...],
+        rows_of: Callable[[Any], Rows],
+        columns: int | None = None,
+    ) -> None:
         conditioning.refuse_outputs()
         value = ops.convert_to_tensor(kernel)
         matrix = ops.reshape(value, (-1, value.shape[-1]))
@@ -109,36 +126,36 @@ class _LateKernel:
         matrix = read if columns is None else ops.concatenate([read, matrix[:, columns:]], axis=1)
         self.value = ops.reshape(matrix, value.shape)
 
-    def find(self, results, features):
+    def find(self, results: Any, features: Any) -> Any:
         """Returns the results of the call, which bring the features to the conditioner in the backward pass."""
         if self._conditioning.record is not None:
-            self._conditioning.note(self._call(features))
+            self._conditioning.note(KernelCall(self._shape, self._rows(features)))
         return _route_gradient(results, self._probe, features)
 
-    def _call(self, features):
-        return KernelCall(self._shape, condensed(self._rows_of(features), self._shape, self._conditioning))
+    def _rows(self, features: Any) -> Rows:
+        return condensed(self._rows_of(features), self._shape, self._conditioning)
 
-    def _gradients(self, output_gradients, kernel, probe, damping):
+    def _gradients(self, output_gradients: tuple[Any, Any], kernel: Any, probe: Any, damping: Any) -> tuple[Any, None, None]:
         gradient, routed = output_gradients
         # A loss that holds derivatives routes the features several times. The last feature counts them.
-        call = self._call(routed[..., :-1] / backend.clip(routed[..., -1:], 1))
-        counts, is_relative = (call.rows.num_sampled, call.rows.num_valid), self._conditioning.relative_damping
-        form = plan.choose(call)
-        conditioned = conditioner.condition(gradient, call.rows.values, damping, *counts, form=form, is_relative=is_relative)
+        rows = self._rows(routed[..., :-1] / backend.clip(routed[..., -1:], 1))
+        counts, is_relative = (rows.num_sampled, rows.num_valid), self._conditioning.relative_damping
+        form = plan.choose(KernelCall(self._shape, rows))
+        conditioned = conditioner.condition(gradient, rows.values, damping, *counts, form=form, is_relative=is_relative)
         if self._conditioning.preserve_norm:
             conditioned = conditioner.with_norm_of(gradient, conditioned)
         return conditioned, None, None
 
 
-def _route_gradient(results, probe, features):
+def _route_gradient(results: Any, probe: Any, features: Any) -> Any:
     """Returns a nest of several tensors; whenever a gradient passes them, the features are added to the probe's gradient."""
     features = backend.stop_gradient(ops.cast(features, probe.dtype))
     message = ops.concatenate([features, ops.ones_like(features[..., :1])], axis=-1)
     return keras.tree.pack_sequence_as(results, list(_routing(keras.tree.flatten(results), probe, message)))
 
 
-def _routing(tensors, probe, message):
-    def gradients(output_gradients, *inputs):
+def _routing(tensors: Sequence[Any], probe: Any, message: Any) -> tuple[Any, ...]:
+    def gradients(output_gradients: Sequence[Any], *inputs: Any) -> tuple[Any, ...]:
         *_, probe, message = inputs
         # The loss may hold only derivatives of the results, which therefore route the features too.
         return *_routing(output_gradients, probe, message), message, None
@@ -146,7 +163,9 @@ def _routing(tensors, probe, message):
     return backend.with_gradients(lambda *inputs: inputs[:-2], gradients, *tensors, probe, message)
 
 
-def _read_cell(layer, conditioning_of, sequences, mask, training):
+def _read_cell(
+    layer: Any, conditioning_of: ConditioningOf, sequences: Any, mask: Any, training: bool | None
+) -> tuple[list[tuple[keras.Variable, Any]], Callable[..., Any]]:
     """Returns the values of the kernels of a layer of one cell, and the `inner_loop` that they need.
 
     Args:
@@ -174,7 +193,7 @@ def _read_cell(layer, conditioning_of, sequences, mask, training):
     late = _LateKernel(cell.recurrent_kernel, conditioning, shape, rows_of, _columns_of_states(cell))
     values.append((cell.recurrent_kernel, late.value))
 
-    def inner_loop(sequences, initial_state, mask, training=False):
+    def inner_loop(sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
         with with_attributes(layer, return_sequences=True):
             results = type(layer).inner_loop(layer, sequences, initial_state, mask, training=training)
         first, outputs = keras.tree.flatten(initial_state)[0], results[1]
@@ -185,7 +204,9 @@ def _read_cell(layer, conditioning_of, sequences, mask, training):
     return values, inner_loop
 
 
-def _read_stack(layer, conditioning_of, sequences, mask, training):
+def _read_stack(
+    layer: Any, conditioning_of: ConditioningOf, sequences: Any, mask: Any, training: bool | None
+) -> tuple[list[tuple[keras.Variable, Any]], Callable[..., Any]]:
     """As `_read_cell`, for `StackedRNNCells`: each output of the loop holds the inputs of its cells too."""
     stack, values, lates, width = layer.cell, [], [], 0
     cells = _cells(layer)
@@ -205,16 +226,16 @@ def _read_stack(layer, conditioning_of, sequences, mask, training):
                 lates.append((late, slice(width, width + num_in), shape))
             width += num_in
 
-    def inner_loop(sequences, initial_state, mask, training=False):
+    def inner_loop(sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
         read = []
 
-        def call_cell(cell, inputs, states, training=False):
+        def call_cell(cell: Any, inputs: Any, states: Sequence[Any], training: bool = False) -> tuple[Any, Any]:
             for tensor, dropout in ((inputs, cell.get_dropout_mask), (states[0], cell.get_recurrent_dropout_mask)):
                 read.append(ops.cast(_dropped(tensor, dropout(tensor) if training else None), inputs.dtype))
             return type(cell).call(cell, inputs, states, training=training)
 
         # Keras holds an output at masked steps. On JAX it takes it from the first state, which so is the output before.
-        def call_stack(inputs, states, **kwargs):
+        def call_stack(inputs: Any, states: Sequence[Any], **kwargs: Any) -> tuple[Any, list[Any]]:
             read.clear()
             output, new_states = type(stack).call(stack, inputs, states[1:], **kwargs)
             output = ops.concatenate([output, *(ops.cast(each, output.dtype) for each in read)], axis=-1)
@@ -240,17 +261,17 @@ def _read_stack(layer, conditioning_of, sequences, mask, training):
     return values, inner_loop
 
 
-def _reading(layer, sequences):
+def _reading(layer: Any, sequences: Any) -> tuple[Callable[..., Rows], Callable[..., Rows], tuple[int, ...]]:
     """Returns the rows of inputs and of states, as functions like `sampled_rows`, and the shape of a sample's state."""
     cell = layer.cell
     if not _is_convolution(layer):
         return sampled_rows, sampled_rows, (cell.units,)
 
-    def input_rows(inputs, conditioning, mask):
+    def input_rows(inputs: Any, conditioning: Conditioning, mask: Any) -> Rows:
         places = (cell.kernel_size, cell.strides, cell.dilation_rate, cell.padding)
         return patch_rows(channels_last(cell, inputs, axis=2), conditioning, mask, *places)
 
-    def state_rows(states, conditioning, mask):
+    def state_rows(states: Any, conditioning: Conditioning, mask: Any) -> Rows:
         # The convolution of the states has neither strides nor dilation.
         ones = (1,) * cell.rank
         return patch_rows(channels_last(cell, states, axis=2), conditioning, mask, cell.kernel_size, ones, ones, "same")
@@ -258,7 +279,7 @@ def _reading(layer, sequences):
     return input_rows, state_rows, cell.compute_output_shape((None, *sequences.shape[2:]))[0][1:]
 
 
-def _mask_of_states(mask, go_backwards):
+def _mask_of_states(mask: Any, go_backwards: bool) -> Any:
     """Returns which of the initial state and all outputs but the last are inputs of the kernel in a valid step.
 
     An output is one if its step is valid and so is a later one. Between the two, masked steps keep the state as it is.
@@ -271,7 +292,7 @@ def _mask_of_states(mask, go_backwards):
     return ops.concatenate([total > 0, is_input[:, :-1]], axis=1)
 
 
-def _dropped(tensor, mask):
+def _dropped(tensor: Any, mask: Any) -> Any:
     """Returns what is left of inputs or states, if all gates share a dropout mask: there is a list of masks otherwise."""
     if mask is None or isinstance(mask, (list, tuple)):
         return tensor

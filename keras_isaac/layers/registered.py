@@ -3,16 +3,20 @@
 import functools
 import inspect
 import math
+from collections.abc import Callable
+from typing import Any, Self
 
+import keras
 from keras import ops
 
 from keras_isaac.curvature.rows import sampled_rows
 from keras_isaac.keras_hooks import call_with, mask_of
-from keras_isaac.layers.products import conditioned, is_sparse, note_sparse
+from keras_isaac.layers.products import ConditioningOf, conditioned, is_sparse, note_sparse
+from keras_isaac.scope import Conditioning
 
 
 @functools.cache
-def _first_argument(call):
+def _first_argument(call: Callable) -> str:
     """Returns the name of the first argument of a `call` after the layer."""
     return list(inspect.signature(call).parameters)[1]
 
@@ -20,20 +24,21 @@ def _first_argument(call):
 class RegisteredAdapter:
     """A registered layer: one function of rows per kernel, and the layer's own `call`."""
 
-    def __init__(self, name):
-        self.name, self.reads = name, {}
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.reads: dict[str, tuple[Callable[[Any, Any], Any], bool]] = {}
 
-    def add(self, kernel, rows, groups=False):
+    def add(self, kernel: str, rows: Callable[[Any, Any], Any], groups: bool = False) -> Self:
         """Adds or replaces a kernel: an attribute, its function of rows, and whether its first axis is one of groups."""
         self.reads[kernel] = rows, groups
         return self
 
-    def kernels(self, layer):
+    def kernels(self, layer: Any) -> list[keras.Variable]:
         """The named variables."""
         # "bank.weight" is an attribute of an attribute.
         return [functools.reduce(getattr, kernel.split("."), layer) for kernel in self.reads]
 
-    def call(self, layer, conditioning_of, /, *args, **kwargs):
+    def call(self, layer: Any, conditioning_of: ConditioningOf, /, *args: Any, **kwargs: Any) -> Any:
         """The layer's own `call`. Its first argument may have any name, be passed by keyword and be a nest of tensors."""
         inputs = args[0] if args else kwargs[_first_argument(type(layer).call)]
         values = []
@@ -48,7 +53,9 @@ class RegisteredAdapter:
                 values.append((variable, self._conditioned(layer, name, variable, rows, mask, groups, conditioning)))
         return call_with(layer, values, *args, **kwargs)
 
-    def _conditioned(self, layer, name, variable, rows, mask, groups, conditioning):
+    def _conditioned(
+        self, layer: Any, name: str, variable: keras.Variable, rows: Any, mask: Any, groups: bool, conditioning: Conditioning
+    ) -> Any:
         value, num_groups = ops.convert_to_tensor(variable), int(groups)
         group_shape, num_in = tuple(rows.shape[:num_groups]), rows.shape[-1]
         if tuple(value.shape[:num_groups]) != group_shape or math.prod(value.shape[num_groups:]) % num_in:

@@ -2,6 +2,8 @@
 
 import math
 import types
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -11,7 +13,8 @@ from keras_isaac.keras_hooks import call_with, own_call, with_attributes
 from keras_isaac.layers.convolution import channels_last, kernel_of, matrix_of, rows_of_groups
 from keras_isaac.layers.lora import conditioned_factors, has_lora, main_kernels
 from keras_isaac.layers.patches import patch_rows
-from keras_isaac.layers.products import conditioned
+from keras_isaac.layers.products import ConditioningOf, conditioned, conditioning_in_force
+from keras_isaac.scope import Conditioning
 
 _CONVOLUTIONS = {layer.call for layer in (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)}
 
@@ -20,7 +23,7 @@ class TimeDistributedAdapter:
     """`TimeDistributed` of `Dense` or of a convolution: the rows of all steps are rows of one kernel."""
 
     @staticmethod
-    def kernels(layer):
+    def kernels(layer: Any) -> list[keras.Variable]:
         """The wrapped layer's kernel, or LoRA's factors: of a convolution, the first."""
         wrapped = layer.layer
         if type(wrapped).call is keras.layers.Dense.call:
@@ -28,11 +31,11 @@ class TimeDistributedAdapter:
         return main_kernels(wrapped)[:1] if type(wrapped).call in _CONVOLUTIONS else []
 
     @staticmethod
-    def call(layer, conditioning_of, inputs, training=None, mask=None):
+    def call(layer: Any, conditioning_of: ConditioningOf, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """The layer's own `call`, in which the wrapped layer finds its kernels conditioned."""
         kernels, wrapped = TimeDistributedAdapter.kernels(layer), layer.layer
-        values = [ops.convert_to_tensor(kernel) for kernel in kernels]
-        (conditioning, *_) = filter(None, map(conditioning_of, kernels))
+        values: Sequence[Any] = [ops.convert_to_tensor(kernel) for kernel in kernels]
+        conditioning = conditioning_in_force(kernels, conditioning_of)
         if type(wrapped).call is keras.layers.Dense.call:
             rows = sampled_rows(inputs, conditioning, _mask_of_positions(mask, inputs, len(inputs.shape) - 1))
             if has_lora(wrapped):
@@ -48,7 +51,7 @@ class TimeDistributedAdapter:
             return call_with(layer, zip(kernels, values, strict=True), inputs, training=training, mask=mask)
 
 
-def _mask_of_positions(mask, inputs, num_axes):
+def _mask_of_positions(mask: Any, inputs: Any, num_axes: int) -> Any:
     """Returns a mask of the first `num_axes` axes of `inputs`; the mask given may have fewer or more."""
     sizes = [] if mask is None else zip(mask.shape[:2], inputs.shape[:2], strict=False)
     if mask is None or len(mask.shape) < 2 or any(None not in pair and pair[0] != pair[1] for pair in sizes):
@@ -60,7 +63,7 @@ def _mask_of_positions(mask, inputs, num_axes):
     return ops.broadcast_to(mask, ops.shape(inputs)[:num_axes])
 
 
-def _conditioned_convolution(layer, kernel, conditioning, inputs, mask):
+def _conditioned_convolution(layer: Any, kernel: Any, conditioning: Conditioning, inputs: Any, mask: Any) -> Any:
     """Returns the kernel of a convolution that runs at each step, conditioned on inputs with the channels last."""
     if None in inputs.shape[2:-1]:
         # TensorFlow may trace a step for images of any size. There is no grid of patches then, and the gradient is plain.
