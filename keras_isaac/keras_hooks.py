@@ -199,14 +199,14 @@ def keep_scope(layer: keras.Layer) -> None:
         layer.rematerialized_call = types.MethodType(_rematerialized_call, layer)
 
 
-def _rematerialized_call(layer, layer_call, *args, **kwargs):
+def _rematerialized_call(layer: keras.Layer, layer_call: Callable, *args: Any, **kwargs: Any) -> Any:
     # The backward pass may run after the scope is closed, or in a thread of its own, and Keras loses the masks on the way.
     masks = keras.tree.map_structure(lambda value: mask_of(value) if ops.is_tensor(value) else None, (args, kwargs))
 
     # JAX remembers a trace by its function: a captured layer's `call` is the same one every time, where Keras' is a new bound
     # method, and so needs a new one here.
     @bind_scope
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = keras.tree.map_structure(with_mask, (args, kwargs), masks)
         return layer_call(*args, **kwargs)
 
@@ -259,12 +259,12 @@ def call_with(layer: keras.Layer, values: Iterable[tuple[keras.Variable, Any]], 
 class _MaskReader(keras.layers.Layer):
     """Shows the mask that Keras carries with its input."""
 
-    def __init__(self, show):
+    def __init__(self, show: Callable[[Any], None]) -> None:
         super().__init__(autocast=False)
         self.show = show
         self.supports_masking = True
 
-    def call(self, inputs, mask=None):
+    def call(self, inputs: Any, mask: Any = None) -> Any:
         self.show(mask)
         return inputs
 
@@ -272,15 +272,15 @@ class _MaskReader(keras.layers.Layer):
 class _MaskGiver(keras.layers.Layer):
     """Has Keras carry a mask with its output."""
 
-    def __init__(self, mask):
+    def __init__(self, mask: Any) -> None:
         super().__init__(autocast=False)
         self.mask = mask
         self.supports_masking = True
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         return inputs
 
-    def compute_mask(self, inputs, previous_mask):
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
         return self.mask
 
 
@@ -298,7 +298,7 @@ def mask_of(inputs: Any) -> Any:
     return masks[0]
 
 
-def with_mask(inputs, mask):
+def with_mask(inputs: Any, mask: Any) -> Any:
     """Returns `inputs`, with which Keras carries `mask`; as they are if that is `None`."""
     if mask is None:
         return inputs

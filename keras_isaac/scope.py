@@ -10,9 +10,14 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras_isaac import backend
+
+if TYPE_CHECKING:
+    import keras
+
+    from keras_isaac.curvature.record import KernelCall
 
 _open_scopes: contextvars.ContextVar[tuple] = contextvars.ContextVar("keras_isaac_conditioning", default=())
 
@@ -47,15 +52,15 @@ class Conditioning:
     trains: Callable[[Any], bool]
     on_use: Callable[[], None]
     chooses: Callable[[Any], bool] = lambda layer: True
-    record: Callable[[Any, Any], None] | None = None
+    record: Callable[..., None] | None = None
     path: str | None = None
 
-    def of_kernel(self, kernel):
+    def of_kernel(self, kernel: "keras.Variable") -> "Conditioning":
         """Returns this for one kernel: `record` is called with it, and errors name it."""
         record = None if self.record is None else functools.partial(self.record, kernel)
         return dataclasses.replace(self, record=record, path=kernel.path)
 
-    def refuse_outputs(self):
+    def refuse_outputs(self) -> None:
         """Raises if the output side is to be conditioned where the backward pass has no gradient of one product."""
         if self.output_damping is not None:
             raise ValueError(
@@ -64,12 +69,12 @@ class Conditioning:
                 '`weight_sharing="expand"`.'
             )
 
-    def note(self, call):
+    def note(self, call: "KernelCall") -> None:
         """Tells `record` of a `KernelCall`."""
         if self.record is not None:
             self.record(call)
 
-    def for_one_replica(self, num_replicas):
+    def for_one_replica(self, num_replicas: int) -> "Conditioning":
         """Returns this for a layer whose replicas are groups, each with gradients of the mean over all of them."""
         output_damping = self.output_damping
         if output_damping is not None and not self.relative_damping:

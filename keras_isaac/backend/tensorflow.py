@@ -2,12 +2,17 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from keras_isaac.backend.precision import parts_of, product_of_parts
+
+if TYPE_CHECKING:
+    import keras
+
+    from keras_isaac.curvature.operations import ProductFunctions
 
 IS_STATELESS = False
 TENSORS_TAKE_ATTRIBUTES = True
@@ -19,7 +24,7 @@ stop_gradient = tf.stop_gradient
 transpose = tf.linalg.matrix_transpose
 
 
-def is_tracing(tensor):
+def is_tracing(tensor: Any) -> bool:
     """Whether Python runs for the step that computes with `tensor`."""
     return not tf.executing_eagerly()
 
@@ -52,77 +57,77 @@ def untraced(function: Callable) -> Callable | None:
     return function.python_function if tf.executing_eagerly() else tf.function(function.python_function)
 
 
-def traced_once(function):
+def traced_once(function: Callable) -> Callable:
     """Returns `function`, traced once for all calls of the same shapes: to trace every operation again takes long."""
     traced = tf.function(function, autograph=False)
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         return (function if tf.executing_eagerly() else traced)(*args, **kwargs)
 
     return call
 
 
-def clip(tensor, minimum, maximum=None):
+def clip(tensor: tf.Tensor, minimum: float, maximum: float | None = None) -> tf.Tensor:
     """Returns `tensor` with its values held between two numbers, or above one."""
     tensor = tf.maximum(tensor, minimum)
     return tensor if maximum is None else tf.minimum(tensor, maximum)
 
 
-def matmul(a, b):
+def matmul(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
     """Returns `a @ b` in full precision: the default is TF32 on a GPU and bfloat16 on a TPU."""
     if a.dtype != tf.float32 or not _rounds_products():
         return tf.matmul(a, b)
     return product_of_parts(parts_of(a, _truncate), parts_of(b, _truncate), tf.matmul, tf.concat)
 
 
-def _rounds_products():
+def _rounds_products() -> bool:
     return _has("TPU") or (_has("GPU") and tf.config.experimental.tensor_float_32_execution_enabled())
 
 
 @functools.cache
-def _has(kind):
+def _has(kind: str) -> bool:
     return bool(tf.config.list_logical_devices(kind))
 
 
-def _truncate(tensor, mask):
+def _truncate(tensor: tf.Tensor, mask: int) -> tf.Tensor:
     return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(tensor, tf.int32), mask), tf.float32)
 
 
-def trace(matrix):
+def trace(matrix: tf.Tensor) -> tf.Tensor:
     """Returns the sum of the diagonal of `[..., k, k]`, as `[..., 1, 1]`."""
     # `keras.ops.trace` reads the whole matrix.
     return tf.linalg.trace(matrix)[..., None, None]
 
 
-def trace_of_gram(rows, gram):
+def trace_of_gram(rows: tf.Tensor, gram: tf.Tensor) -> tf.Tensor:
     """Returns tr(XXᵀ) of rows `[..., r, n]`, given XXᵀ or XᵀX, as `[..., 1, 1]`."""
     return trace(gram)
 
 
-def relative_damping(damping, total, rank):
+def relative_damping(damping: Any, total: tf.Tensor, rank: int | tf.Tensor) -> tf.Tensor:
     """Returns δ tr(M)/rank, above zero."""
     return tf.clip_by_value(damping * total / tf.cast(rank, total.dtype), _TINY, 1 / _TINY)
 
 
-def damped_projection(matrix, total, damping, rows):
+def damped_projection(matrix: tf.Tensor, total: tf.Tensor, damping: Any, rows: tf.Tensor) -> tf.Tensor:
     """Returns λ (λI + M)⁻¹ X for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
     return matmul(damping * damped_inverse(matrix, total, damping), rows)
 
 
-def is_indefinite(matrix, total, damping, is_root=False):
+def is_indefinite(matrix: tf.Tensor, total: tf.Tensor, damping: Any, is_root: bool = False) -> tf.Tensor:
     """Returns for each matrix `[..., k, k]` whether a bound takes the place of its inverse, as `[...]`."""
     floor = 4 if is_root else 1 / tf.cast(tf.shape(matrix)[-1], matrix.dtype)
     damped, _ = _damped(matrix, total, tf.convert_to_tensor(damping, matrix.dtype), floor)
     return ~tf.reduce_all(tf.math.is_finite(tf.linalg.cholesky(damped)), axis=(-2, -1))
 
 
-def eager_projection(rows, factor, damping, is_relative):
+def eager_projection(rows: tf.Tensor, factor: tf.Tensor, damping: Any, is_relative: bool) -> None:
     """Returns `None`: `damped_projection` is compiled."""
     return None
 
 
-def damped_inverse(matrix, total, damping):
+def damped_inverse(matrix: tf.Tensor, total: tf.Tensor, damping: Any) -> tf.Tensor:
     """Returns (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total`."""
     damping = tf.convert_to_tensor(damping, matrix.dtype)
     damped, identity = _damped(matrix, total, damping, 1 / tf.cast(tf.shape(matrix)[-1], matrix.dtype))
@@ -132,7 +137,7 @@ def damped_inverse(matrix, total, damping):
     return tf.where(tf.math.is_finite(inverse[..., -1:, -1:]), inverse, identity / (damping + total))
 
 
-def damped_inverse_root(matrix, total, damping, rows):
+def damped_inverse_root(matrix: tf.Tensor, total: tf.Tensor, damping: Any, rows: tf.Tensor) -> tf.Tensor:
     """Returns RF with RᵀR = (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
     damping = tf.convert_to_tensor(damping, matrix.dtype)
     damped, identity = _damped(matrix, total, damping, 4)
@@ -141,19 +146,19 @@ def damped_inverse_root(matrix, total, damping, rows):
     return tf.where(tf.math.is_finite(bound), tf.linalg.triangular_solve(factor, rows), 0.0)
 
 
-def _damped(matrix, total, damping, floor):
+def _damped(matrix: tf.Tensor, total: tf.Tensor, damping: Any, floor: Any) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns λI + M for a λ of at least `floor` times the trace's epsilon, and I."""
     identity = tf.eye(tf.shape(matrix)[-1], dtype=matrix.dtype)
     epsilon = matrix.dtype.as_numpy_dtype(2.0 ** (-52 if matrix.dtype == tf.float64 else -23))
     return matrix + tf.maximum(damping, epsilon * floor * total + _TINY) * identity, identity
 
 
-def _is_mapped():
+def _is_mapped() -> bool:
     """Whether this is traced for `tf.vectorized_map`, which keeps no custom gradient."""
     return not tf.executing_eagerly() and "loop_body" in tf.get_current_name_scope().split("/")
 
 
-def gate(kernel, residuals, condition, is_linear=True):
+def gate(kernel: Any, residuals: Sequence[Any], condition: Callable, is_linear: bool = True) -> tf.Tensor:
     """Returns `kernel`, whose gradient passes `condition`."""
     if _is_mapped() and is_linear:
         # The same in operations whose gradients are kept: the map's own is the map.
@@ -162,31 +167,31 @@ def gate(kernel, residuals, condition, is_linear=True):
 
     residuals = tuple(map(_in_this_graph, residuals))
 
-    def gradients(output_gradient, kernel):
+    def gradients(output_gradient: tf.Tensor, kernel: tf.Tensor) -> tuple[Any, ...]:
         return (condition(output_gradient, *residuals),)
 
     return with_gradients(tf.identity, gradients, kernel)
 
 
-def product(rows, kernel, residuals, functions):
+def product(rows: tf.Tensor, kernel: tf.Tensor, residuals: Sequence[Any], functions: "ProductFunctions") -> tf.Tensor:
     """Returns `rows @ kernel`, whose kernel's gradient is conditioned."""
     if _is_mapped():
         return tf.matmul(rows, functions.gate(kernel, rows, *residuals))
 
-    def gradients(output_gradient, rows, kernel):
+    def gradients(output_gradient: tf.Tensor, rows: tf.Tensor, kernel: tf.Tensor) -> tuple[Any, ...]:
         # What reaches the kernel through the derivative of the inputs is conditioned too.
         gated = functions.gate(kernel, rows, *residuals)
         rows_gradient = tf.matmul(output_gradient, gated, transpose_b=True)
         return rows_gradient, functions.condition(rows, output_gradient, *residuals)
 
-    def multiply(rows, kernel):
+    def multiply(rows: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         # A `tf.autodiff.ForwardAccumulator` takes the tangent from here, and not from the gradients.
         return tf.matmul(rows, functions.gate(kernel, rows, *residuals))
 
     return with_gradients(multiply, gradients, rows, kernel)
 
 
-def with_gradients(function, gradients, *tensors):
+def with_gradients(function: Callable, gradients: Callable, *tensors: Any) -> Any:
     """Returns `function(*tensors)`, with `gradients(output_gradients, *tensors)` for its gradients."""
     if _is_mapped():
         raise ValueError(
@@ -196,13 +201,13 @@ def with_gradients(function, gradients, *tensors):
         )
     given = [tensor is not None for tensor in tensors]
 
-    def completed(present):
+    def completed(present: Iterable[Any]) -> list[Any]:
         present = iter(present)
         return [next(present) if is_given else None for is_given in given]
 
     @tf.custom_gradient
-    def call(*present):
-        def all_gradients(*output_gradients):
+    def call(*present: Any) -> Any:
+        def all_gradients(*output_gradients: Any) -> tuple[Any, ...]:
             # The gradient of a table comes as a sparse one.
             output_gradients = tuple(map(tf.convert_to_tensor, output_gradients))
             output_gradients = output_gradients if len(output_gradients) > 1 else output_gradients[0]
@@ -225,7 +230,7 @@ def _in_this_graph(tensor: Any) -> tf.Tensor | None:
     return tf.convert_to_tensor(tensor) if tf.executing_eagerly() else tf.identity(tensor)
 
 
-def gradients_of(function, tensors):
+def gradients_of(function: Callable, tensors: Sequence[tf.Tensor]) -> tuple[Any, list[tf.Tensor]]:
     """Returns the second result of `function`, and the gradients of its first, a loss."""
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(tensors)
@@ -251,6 +256,6 @@ def barrier(gradients: Sequence[Any]) -> list[Any]:
     return [None if gradient is None else next(present) for gradient in gradients]
 
 
-def compiled(measure, variables):
+def compiled(measure: Callable, variables: "Sequence[keras.Variable]") -> Callable[[Any], Any]:
     """Returns `measure(data, values)` as a function of the data, with the present values of the variables."""
     return tf.function(lambda data: measure(data, [variable.value for variable in variables]), autograph=False)
