@@ -1,4 +1,4 @@
-"""What the backends do differently: one module each, all with the functions below.
+"""What differs between backends: one module for each, with the functions below.
 
 Products and inverses:
 
@@ -19,9 +19,9 @@ Products and inverses:
 - `segment_sum(values, segments, num_segments)`: the sums of the values of each segment.
 
 No inverse raises. A damping below what the dtype resolves is raised to it: to the mean eigenvalue's epsilon in the inverse,
-to four epsilons of the trace in the root. Where M is numerically indefinite all the same, 1/(λ + tr M), a bound from below,
-takes the inverse's place: the step is then the plain gradient's, shortened. Where M overflows the result is zero. Where it is
-NaN, so is the result, but that of `damped_inverse_root` is zero.
+to four epsilons of the trace in the root. If M is still numerically indefinite, the lower bound 1/(λ + tr M) replaces the
+inverse: the step is then the plain gradient, shortened. If M overflows, the result is zero. If M is NaN, so is the result,
+except for `damped_inverse_root`, which returns zero.
 
 Derivatives:
 
@@ -33,12 +33,12 @@ Derivatives:
 
 State:
 
-- `IS_STATELESS`: whether a step is a function of the values of all variables, which stand in for them while it is traced.
+- `IS_STATELESS`: whether a step is a function of the values of all variables, which replace the variables while it is traced.
 - `TENSORS_TAKE_ATTRIBUTES`: whether a tensor can be given an attribute, also while it is traced.
-- `is_tracing(tensor)`: whether Python runs for the step that computes with a tensor: for each on PyTorch, elsewhere while it is
-  compiled. An eager call on TensorFlow and JAX may be part of a step of which the rest was compiled before.
+- `is_tracing(tensor)`: whether Python runs for the step that computes with a tensor: in every step on PyTorch, elsewhere only
+  while it is compiled. An eager call on TensorFlow and JAX may be part of a step whose other parts were compiled before.
 - `barrier(gradients)`: the gradients, each available only once all of them are. A variable may be updated then.
-- `in_scopes(scopes)`: the context of open scopes, which keeps traces of other scopes apart (JAX) or is found again by:
+- `in_scopes(scopes)`: the context of open scopes, which separates traces of different scopes (JAX) or is found by:
 - `scopes_of_recomputation()`: in the recomputation of a forward pass, the scopes in which that pass ran, or `None` if they are
   not known any more; an empty tuple elsewhere.
 - `untraced(function)`: a function that keeps traces (`tf.function`), without them; `None` for any other.
@@ -46,8 +46,9 @@ State:
 Measuring:
 
 - `gradients_of(function, tensors)`: the second result of `function`, and the gradients of its first, a loss.
-- `is_indefinite(matrix, total, damping, is_root)`: for each matrix, whether that bound takes the place of its inverse or root.
-- `compiled(measure, variables)`: `measure(data, values)` as a function of the data, the present values of the variables given.
+- `is_indefinite(matrix, total, damping, is_root)`: for each matrix, whether that bound replaces its inverse or root.
+- `compiled(measure, variables)`: `measure(data, values)` as a function of the data; `values` are the current values of the
+  variables.
 """
 
 import importlib

@@ -4,8 +4,8 @@ from typing import Any
 
 from keras import ops
 
-# Rows eliminated at a time. Measured on 2 CPU cores: 32 is best or near it for matrices of 128 to 512 rows. Up to 64 rows one
-# at a time is as fast, and compiles in a third of the time.
+# Rows eliminated at a time. Measured on 2 CPU cores: 32 is best or near it for matrices of 128 to 512 rows. Up to 64 rows,
+# eliminating one at a time is as fast, and compiles in a third of the time.
 _BLOCK, _UNBLOCKED = 32, 64
 
 
@@ -14,7 +14,7 @@ def gauss_jordan(matrix: Any, is_root: bool = False) -> Any:
 
     XLA on the CPU has no factorization of its own: it calls a LAPACK whose threads contend with XLA's, and a single small
     Cholesky can double a training step. This form needs none, and its compile time does not grow with the matrix. A GPU or a
-    TPU would wait for each turn of the loop.
+    TPU would wait for each iteration of the loop.
 
     Args:
         matrix: tensor `[..., k, k]`, symmetric.
@@ -58,7 +58,7 @@ def _gauss_jordan_unblocked(matrix: Any, is_root: bool) -> Any:
     origin = (0,) * (len(shape) - 2)
 
     def eliminate(i: Any, matrix: Any) -> Any:
-        # In the loop, where it is no operand.
+        # Computed inside the loop, so that it is not an operand of it.
         index = ops.arange(shape[-1])
         at_pivot = index == i
         pivot = ops.slice(matrix, (*origin, i, i), (*shape[:-2], 1, 1))
@@ -76,6 +76,6 @@ def _gauss_jordan_unblocked(matrix: Any, is_root: bool) -> Any:
         matrix = ops.where(at_pivot, 0.0, matrix) - column * row
         return ops.slice_update(matrix, (*origin, i, 0), row)
 
-    # Two to a turn of the loop write into each other's place, where one alone would be copied back.
+    # Two eliminations per iteration write to each other's buffer. With a single one, XLA would copy its result back.
     matrix = ops.fori_loop(0, shape[-1] // 2, lambda i, matrix: eliminate(2 * i + 1, eliminate(2 * i, matrix)), matrix)
     return eliminate(shape[-1] - 1, matrix) if shape[-1] % 2 else matrix

@@ -40,7 +40,7 @@ _scope_key: Callable[[Any], contextlib.AbstractContextManager] = (
 
 
 def in_scopes(scopes: Sequence[Any]) -> contextlib.AbstractContextManager:
-    """Returns the context in which functions that were traced in other scopes are traced anew."""
+    """Returns a context that retraces functions that were traced in other scopes."""
     return _scope_key(tuple(_key(getattr(scope, field.name)) for scope in scopes for field in dataclasses.fields(scope)))
 
 
@@ -62,7 +62,7 @@ def untraced(function: Callable) -> None:
 
 
 def traced_once(function: Callable) -> Callable:
-    """Returns `function`: tracing takes little here."""
+    """Returns `function`: tracing is cheap on JAX."""
     return function
 
 
@@ -109,7 +109,7 @@ def relative_damping(damping: jax.Array, total: jax.Array, rank: int | jax.Array
 def damped_projection(matrix: jax.Array, total: jax.Array, damping: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns λ (λI + M)⁻¹ X for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
     projected = matmul(damping * _unguarded_inverse(matrix, total, damping), rows)
-    # The guard costs least on what is multiplied on.
+    # The guard costs least on the product.
     return jnp.where(jnp.isfinite(projected), projected, damping / (damping + total) * rows)
 
 
@@ -134,7 +134,7 @@ def damped_inverse_root(matrix: jax.Array, total: jax.Array, damping: jax.Array,
 
 
 def is_indefinite(matrix: jax.Array, total: jax.Array, damping: jax.Array, is_root: bool = False) -> jax.Array:
-    """Returns for each matrix `[..., k, k]` whether a bound takes the place of its inverse, as `[...]`."""
+    """Returns for each matrix `[..., k, k]` whether a bound replaces its inverse, as `[...]`."""
     if is_root:
         identity = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
         inverse = _whitened(with_sharding(matrix), total, damping, identity)
@@ -144,11 +144,11 @@ def is_indefinite(matrix: jax.Array, total: jax.Array, damping: jax.Array, is_ro
 
 
 def _unguarded_inverse(matrix: jax.Array, total: jax.Array, damping: jax.Array) -> jax.Array:
-    # Every device inverts by itself. Split over devices, an elimination would cross them for every pivot.
+    # Every device computes the whole inverse. Split over devices, an elimination would communicate for every pivot.
     return with_sharding(_inverse(with_sharding(matrix), total, damping)) if matrix.shape[-1] else matrix
 
 
-# Layers whose matrices have one shape share a trace. Without a positive pivot, no entry is finite.
+# Layers with matrices of the same shape share a trace. If a pivot is not positive, no entry is finite.
 @jax.jit
 def _inverse(matrix: jax.Array, total: jax.Array, damping: jax.Array) -> jax.Array:
     damped = _damped(matrix, total, damping, 1 / matrix.shape[-1])
@@ -221,7 +221,7 @@ def product(rows: jax.Array, kernel: jax.Array, residuals: Sequence[Any], functi
         rows_tangent, kernel_tangent, _ = tangents
         outputs, parts = multiply(*primals), []
         if not _is_zero(rows_tangent):
-            # What reaches the kernel through the derivative of the inputs is conditioned too.
+            # The gradient that reaches the kernel through the input gradient is conditioned too.
             parts.append(rows_tangent @ functions.gate(kernel, rows, *residuals))
         if not _is_zero(kernel_tangent):
             parts.append(functions.tangent(rows, kernel_tangent, *residuals))

@@ -1,4 +1,4 @@
-"""Where matrices lie under a `keras.distribution`, which is JAX's: one program over all devices, with one batch over them."""
+"""The layout of matrices under a `keras.distribution` (JAX): one program on all devices, over which the batch is split."""
 
 import contextlib
 import contextvars
@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-# Whether the leading axis of a matrix is one of replicas now.
+# Whether the leading axis of a matrix currently is one of replicas.
 _is_by_replica = contextvars.ContextVar("keras_isaac_is_by_replica", default=False)
 
 
@@ -22,7 +22,7 @@ def num_replicas() -> int:
 
 @contextlib.contextmanager
 def by_replica(is_by_replica: bool = True) -> Iterator[None]:
-    """Says that the first axis of tensors that `with_sharding` is given in the `with` block is one of replicas."""
+    """Makes `with_sharding` take the first axis of tensors as one of replicas inside the `with` block."""
     token = _is_by_replica.set(is_by_replica)
     try:
         yield
@@ -31,7 +31,7 @@ def by_replica(is_by_replica: bool = True) -> Iterator[None]:
 
 
 def with_sharding(tensor: Any) -> Any:
-    """Keeps `tensor` whole on every device, or where its first axis is one of replicas, each device's own there."""
+    """Keeps `tensor` whole on every device, or, if its first axis is one of replicas, each replica's part on its devices."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return tensor

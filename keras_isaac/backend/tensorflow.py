@@ -116,7 +116,7 @@ def damped_projection(matrix: tf.Tensor, total: tf.Tensor, damping: Any, rows: t
 
 
 def is_indefinite(matrix: tf.Tensor, total: tf.Tensor, damping: Any, is_root: bool = False) -> tf.Tensor:
-    """Returns for each matrix `[..., k, k]` whether a bound takes the place of its inverse, as `[...]`."""
+    """Returns for each matrix `[..., k, k]` whether a bound replaces its inverse, as `[...]`."""
     floor = 4 if is_root else 1 / tf.cast(tf.shape(matrix)[-1], matrix.dtype)
     damped, _ = _damped(matrix, total, tf.convert_to_tensor(damping, matrix.dtype), floor)
     return ~tf.reduce_all(tf.math.is_finite(tf.linalg.cholesky(damped)), axis=(-2, -1))
@@ -179,7 +179,7 @@ def product(rows: tf.Tensor, kernel: tf.Tensor, residuals: Sequence[Any], functi
         return tf.matmul(rows, functions.gate(kernel, rows, *residuals))
 
     def gradients(output_gradient: tf.Tensor, rows: tf.Tensor, kernel: tf.Tensor) -> tuple[Any, ...]:
-        # What reaches the kernel through the derivative of the inputs is conditioned too.
+        # The gradient that reaches the kernel through the input gradient is conditioned too.
         gated = functions.gate(kernel, rows, *residuals)
         rows_gradient = tf.matmul(output_gradient, gated, transpose_b=True)
         return rows_gradient, functions.condition(rows, output_gradient, *residuals)

@@ -43,7 +43,7 @@ def constant(array: "np.ndarray") -> torch.Tensor:
 clip = torch.clamp
 
 
-# Keras' own functions take longer than these.
+# Keras' own functions are slower than these.
 
 
 def stop_gradient(tensor: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ def scopes_of_recomputation() -> tuple[Any, ...] | None:
     """Returns the scopes of the forward pass that is recomputed here, `None` if they are closed, and nothing elsewhere."""
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
         return ()
-    # No function of PyTorch's says which forward pass it is, so these are the last that were opened.
+    # PyTorch does not tell which forward pass is recomputed, so these are the scopes that were opened last.
     return next(reversed(_scopes_of_process.values()), None)
 
 
@@ -136,7 +136,7 @@ def is_in_numbers(matrix: torch.Tensor) -> bool:
 
 
 def is_on_cpu(matrix: torch.Tensor) -> bool:
-    """Whether a matrix can be looked at without waiting for its device."""
+    """Whether a matrix can be read without waiting for its device."""
     return matrix.device.type == "cpu"
 
 
@@ -151,7 +151,7 @@ def damped_projection(matrix: torch.Tensor, total: Number, damping: Number, rows
     """Returns λ (λI + M)⁻¹ X for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
     if is_on_cpu(matrix) or matrix.shape[-1] == 0:
         return matmul(damping * damped_inverse(matrix, total, damping), rows)
-    # A GPU launches less for a solution than for an inverse and a product with it.
+    # On a GPU, solving takes fewer kernel launches than an inverse and a product with it.
     factor, failed = _factor(matrix, total, damping, 1 / matrix.shape[-1])
     bounded = damping / (damping + total) * rows
     return torch.where(failed, bounded, damping * torch.cholesky_solve(rows, factor))
@@ -212,7 +212,7 @@ def damped_inverse_root(matrix: torch.Tensor, total: Number, damping: Number, ro
 
 
 def is_indefinite(matrix: torch.Tensor, total: Number, damping: Number, is_root: bool = False) -> torch.Tensor:
-    """Returns for each matrix `[..., k, k]` whether a bound takes the place of its inverse, as `[...]`."""
+    """Returns for each matrix `[..., k, k]` whether a bound replaces its inverse, as `[...]`."""
     if matrix.shape[-1] == 0:
         return torch.zeros(matrix.shape[:-2], dtype=torch.bool, device=matrix.device)
     return _factor(matrix, total, damping, 4 if is_root else 1 / matrix.shape[-1])[1][..., 0, 0]
@@ -231,7 +231,7 @@ def _damped(matrix: torch.Tensor, total: Number, damping: Any, floor: float) -> 
 
 
 def _factor(matrix: torch.Tensor, total: Number, damping: Number, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the Cholesky factor of λI + M, or another regular one, and whether it is another, as `[..., 1, 1]`."""
+    """Returns the Cholesky factor of λI + M, or an invertible matrix if it fails, and whether it failed, as `[..., 1, 1]`."""
     # The `_ex` form neither raises nor waits for the device.
     factor, failed_at = torch.linalg.cholesky_ex(_damped(matrix, total, damping, floor))
     failed = (failed_at > 0)[..., None, None]
@@ -240,7 +240,7 @@ def _factor(matrix: torch.Tensor, total: Number, damping: Number, floor: float) 
 
 
 def _whitened(factor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    # From the factor at once, which spares a product.
+    # Solves with the factor directly, which saves a product.
     return torch.linalg.solve_triangular(factor, rows, upper=False)
 
 
@@ -266,7 +266,7 @@ def _inverse_in_numbers(matrix: torch.Tensor, total: Number, damping: Number) ->
 def gradients_of(function: Callable, tensors: Sequence[torch.Tensor]) -> tuple[Any, Sequence[torch.Tensor]]:
     """Returns the second result of `function`, and the gradients of its first, a loss."""
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-    # Dropout without a seed draws from PyTorch's own.
+    # Dropout without a seed draws from PyTorch's own generator, whose state is restored.
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         loss, results = function(tensors)

@@ -9,8 +9,8 @@ import torch
 if TYPE_CHECKING:
     from keras_isaac.curvature.operations import ProductFunctions
 
-# `torch.autograd.Function` binds the signature of `forward` in every call, if it is to work under the transforms of
-# `torch.func`. That takes as long as the rest of it, so that the ordinary call goes another way.
+# To support the transforms of `torch.func`, `torch.autograd.Function` binds the signature of `forward` in every call. That
+# takes as long as the rest of the call, so an ordinary call takes a faster path.
 
 
 def _with_fast_path(function: Any) -> Callable[..., Any]:
@@ -56,7 +56,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[Any, ...]:
-        # Read once: recomputation does not give them a second time.
+        # Read only once: under recomputation, a second read fails.
         residuals = ctx.saved_tensors
         return None, None, ctx.condition(output_gradient, *residuals), *[None] * len(residuals)
 
@@ -66,7 +66,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, axes: tuple[int | None, ...], condition: Callable, is_linear: bool, *tensors: Any) -> tuple[Any, int]:
-        # The kernel is mapped where only the rows are: each has a gradient of its own to condition.
+        # The kernel is mapped even if only the rows are: each mapped call conditions a gradient of its own.
         mapped = [_mapped(tensor, axis, info.batch_size) for tensor, axis in zip(tensors, axes[2:], strict=True)]
         if not is_linear:
             in_dims = tuple(None if tensor is None or tensor.ndim == 0 else 0 for tensor in mapped)
@@ -101,7 +101,7 @@ class _Product(torch.autograd.Function):
         rows_gradient = kernel_gradient = None
         if ctx.needs_input_grad[1]:
             if torch.is_grad_enabled():
-                # What reaches the kernel through the derivative of the inputs is conditioned too.
+                # The gradient that reaches the kernel through the input gradient is conditioned too.
                 kernel = ctx.functions.gate(kernel, rows, *residuals)
             rows_gradient = output_gradient @ kernel.mT
         if ctx.needs_input_grad[2]:
@@ -130,7 +130,7 @@ def product(rows: torch.Tensor, kernel: torch.Tensor, residuals: Sequence[Any], 
 
 
 class _WithGradients(torch.autograd.Function):
-    # `keras.ops.custom_gradient` would compute the input gradient of the first layer, which nobody asks for, and turn an
+    # `keras.ops.custom_gradient` would compute the input gradient of the first layer, which is not needed, and turn an
     # exception of the forward pass into a gradient of NaN.
     generate_vmap_rule = True
 

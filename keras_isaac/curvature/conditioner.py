@@ -1,4 +1,4 @@
-"""The equations of the paper on matrices: one function a form. It knows no layers and takes no derivatives.
+"""The equations of the paper as functions of matrices, one for each form. They depend on no layers and take no derivatives.
 
 *ISAAC Newton: Input-based Approximate Curvature for Newton's Method*, Petersen et al., ICLR 2023 (arXiv 2305.00604).
 With X the input rows of a layer `[..., rows, in]`, G the gradient with respect to its output `[..., rows, out]` and
@@ -8,15 +8,16 @@ With X the input rows of a layer `[..., rows, in]`, G the gradient with respect 
 
 and, by the push-through identity, ζ* = Xᵀ P G with P = λ (λI + XXᵀ/r)⁻¹. Leading axes are independent groups.
 
-With a finite output damping (λ_g in the paper, Remark 4) the other side is conditioned alike, by the empirical Fisher matrix:
+With a finite output damping (λ_g in the paper, Remark 4) the output side is conditioned likewise, by the empirical Fisher
+matrix:
 
     ζ = ζ* μ (μI + GᵀG/r)⁻¹      (μ = λ_g/r², since rG are the gradients of the rows' own losses under a mean loss)
 
-A relative damping is in units of the mean eigenvalue, tr(XᵀX) / (r min(r, in)), so that the scale of the inputs cancels: it
-multiplies the mean of the diagonal of whichever matrix is inverted.
+A relative damping is in units of the mean eigenvalue, tr(XᵀX) / (r min(r, in)), so that the scale of the inputs does not
+matter: it multiplies the mean of the diagonal of whichever matrix is inverted.
 
-All is computed in float32, or in float64 for float64 rows, and in full precision. Nothing raises: where rows or gradients are
-not finite, neither is the result.
+Everything is computed in float32 (in float64 for float64 rows) and in full precision. Nothing raises: if rows or gradients are
+not finite, the result is not finite either.
 """
 
 import functools
@@ -49,12 +50,12 @@ def sample_side(rows: Any, output_gradient: Any, damping: Any, is_relative: bool
     Args:
         rows: tensor `[..., rows, in]` (X).
         output_gradient: tensor `[..., rows, out]` (G).
-        damping: scalar tensor (λ). Below what the dtype can resolve it is raised inside the inverse, so that a vanishing
-            damping tends to the pseudo-inverse.
+        damping: scalar tensor (λ). Inside the inverse it is raised to the smallest value that the dtype resolves, so that a
+            damping near zero gives the pseudo-inverse.
         is_relative: boolean, whether the damping is in units of the mean eigenvalue.
 
     Returns:
-        Tensor `[..., in, out]`, float32 or float64. Where XXᵀ overflows (rows beyond 1e18), it vanishes.
+        Tensor `[..., in, out]`, float32 or float64. Zero if XXᵀ overflows (entries of rows beyond 1e18).
     """
     rows, output_gradient, damping = in_full_precision(rows, output_gradient, damping)
     # P is multiplied into the narrower of the two factors.
@@ -84,7 +85,7 @@ def sample_side_tangent(rows: Any, kernel_tangent: Any, damping: Any, is_relativ
 def _sample_gram(rows: Any, damping: Any, is_relative: bool) -> tuple[Any, Any, Any]:
     """Returns XXᵀ, its trace, and the damping to add to it, from which P = λ (λI + XXᵀ/r)⁻¹ is formed.
 
-    The authors form P as `I - M (λI + M)⁻¹`, which is the same matrix, but loses its digits as λ falls.
+    The authors form P as `I - M (λI + M)⁻¹`, which is the same matrix, but loses precision for small λ.
     """
     # The curvature is a constant of the step: no derivative is taken of it.
     rows = stop_gradient(rows)
@@ -112,11 +113,12 @@ def condition(
         gradient: tensor `[..., in, out]` (∇).
         rows: tensor `[..., rows, in]` (F).
         damping: scalar tensor (λ).
-        num_sampled: how many rows `rows` are made of (s), a number or a tensor that broadcasts to `[..., 1, 1]`. Defaults to
-            `None`: as many as there are.
+        num_sampled: the number of rows that `rows` were computed from (s), a number or a tensor that broadcasts to
+            `[..., 1, 1]`. Defaults to `None`: the number of `rows`.
         num_valid: how many rows the layer has, likewise, for the unit of a relative damping. Defaults to `None`:
             `num_sampled`.
-        form: `"Woodbury"` or `"feature"`, or `None`: chosen by the number of rows, in the graph if tracing leaves it open.
+        form: `"Woodbury"` or `"feature"`. If `None`, it is chosen by the number of rows: in the graph if that is unknown
+            while tracing.
         is_relative: boolean, whether the damping is in units of the mean eigenvalue.
 
     Returns:
@@ -137,8 +139,8 @@ def _woodbury(gradient: Any, rows: Any, damping: Any, num_sampled: Any, num_vali
     """Returns ∇ - (RF)ᵀ RF∇ with RᵀR = (sλI + FFᵀ)⁻¹, for few rows."""
     # Subtracts two nearly equal terms, so it is inaccurate where λ shrinks the gradient below float precision.
     gram = matmul(rows, transpose(rows))
-    # The root keeps the digits that the inverse loses where rows nearly depend on each other: the inverse itself would leave
-    # noise as long as the gradient. Where FFᵀ is not finite, the gradient stays as it is.
+    # The inverse itself loses precision if rows are nearly linearly dependent, with errors as large as the gradient; its root
+    # does not. If FFᵀ is not finite, the gradient is returned unchanged.
     total = trace_of_gram(rows, gram)
     damping = summed_damping(total, damping, rows, num_sampled, num_valid, is_relative)
     whitened = damped_inverse_root(gram, total, damping, rows)
@@ -191,13 +193,13 @@ def with_norm_of(gradient: Any, conditioned: Any) -> Any:
     dtype = conditioned.dtype
     gradient, conditioned = in_full_precision(gradient, conditioned)
     square, conditioned_square = ops.sum(gradient * gradient), ops.sum(conditioned * conditioned)
-    # Conditioning only shortens. The conditioned gradient is not scaled where either vanishes or a square overflows.
+    # Conditioning only shortens gradients. The conditioned gradient is not scaled if either is zero or a square overflows.
     is_short = (conditioned_square > 0) & (conditioned_square < square) & (square < float("inf"))
     return cast(conditioned * ops.sqrt(ops.where(is_short, square / conditioned_square, 1.0)), dtype)
 
 
 def if_at_most(limit: int, rows: Any, few: Callable[[], Any], many: Callable[[], Any]) -> Any:
-    """Chooses between two computations by the number of rows: while tracing where it is known, else in the graph."""
+    """Returns `few()` for at most `limit` rows, else `many()`; chosen in the graph if the number is unknown while tracing."""
     if rows.shape[-2] is not None:
         return few() if rows.shape[-2] <= limit else many()
     return ops.cond(ops.shape(rows)[-2] <= limit, few, many)
@@ -228,7 +230,7 @@ def in_full_precision(rows: Any, *others: Any) -> list[Any]:
     """Returns the tensors in float64 if the first one is, and else in float32."""
     dtype = "float64" if _name_of(rows.dtype) == "float64" else "float32"
     tensors = [rows, *others]
-    # A loop calls no function, which eager PyTorch would pay for.
+    # A loop avoids a function call, which costs time in eager PyTorch.
     for place, tensor in enumerate(tensors):
         if _name_of(tensor.dtype) != dtype:
             tensors[place] = ops.cast(tensor, dtype)
@@ -236,7 +238,7 @@ def in_full_precision(rows: Any, *others: Any) -> list[Any]:
 
 
 def cast(tensor: Any, dtype: Any) -> Any:
-    """Returns a tensor in a dtype; eager PyTorch is spared the call where it has that already."""
+    """Returns a tensor in a dtype. Skips `ops.cast`, which costs time in eager PyTorch, if it has that dtype already."""
     return tensor if _name_of(tensor.dtype) == _name_of(dtype) else ops.cast(tensor, dtype)
 
 

@@ -1,7 +1,7 @@
-"""The operations that condition: each computes what the plain one does, and passes a kernel's gradient through the conditioner.
+"""Operations that compute what the plain ones do, and pass the gradient of the kernel through the conditioner.
 
-Every path from a loss to a kernel, derivatives by the inputs included, goes through one of them exactly once. Without
-`preserve_norm` and an output damping they are linear in the gradient, and have a forward mode.
+Every path from a loss to a kernel, derivatives with respect to the inputs included, goes through one of them exactly once.
+Without `preserve_norm` and an output damping they are linear in the gradient, and support forward-mode differentiation.
 """
 
 import dataclasses
@@ -122,7 +122,7 @@ def _matmul_with_outputs(inputs: Any, kernel: Any, rows: Rows, form: str | None,
         conditioned = conditioner.condition_outputs(conditioned, outputs.values, output_damping, *counts, is_relative)
         if conditioning.preserve_norm:
             conditioned = conditioner.with_norm_of(plain, conditioned)
-        # What reaches the kernel through a derivative of the inputs is conditioned too.
+        # The gradient that reaches the kernel through the input gradient is conditioned too.
         inputs_only = dataclasses.replace(conditioning, damping=damping, output_damping=None)
         gated = conditioned_kernel(kernel, rows._replace(values=values), None, inputs_only)
         inputs_gradient = output_gradient @ backend.transpose(gated)
@@ -147,7 +147,7 @@ def scaled_gradient(tensor: Any, scale: Any) -> Any:
 
 
 def scaled_gradient_of_norm(tensor: Any, scale: Any) -> Any:
-    """Returns `tensor`; its gradient is multiplied by `scale`, and then scaled to the norm that it had."""
+    """Returns `tensor`; its gradient is multiplied by `scale`, and then scaled back to its original norm."""
 
     def gradients(output_gradient: Any, tensor: Any, scale: Any) -> tuple[Any, ...]:
         full, scale = conditioner.in_full_precision(output_gradient, scale)

@@ -12,7 +12,7 @@ SAMPLE, WOODBURY, FEATURE, DIAGONAL = "sample", "Woodbury", "feature", "diagonal
 # that are always affordable.
 BUDGET = 0.1
 MIN_ROWS = 64
-# Rows read, of which sums are formed. Reading costs little against a product with a kernel.
+# The number of rows that are read, to be summed. Reading costs little compared with a product with a kernel.
 NUM_READ = 1024
 
 
@@ -24,7 +24,7 @@ def choose(call: "KernelCall") -> str | None:
     - `"feature"`: an inverse `[in, in]`, applied to the finished gradient;
     - `"diagonal"`: a number for each token of a table.
 
-    `None` where tracing leaves the number of rows open: the graph then chooses by the number it finds.
+    `None` if the number of rows is unknown while tracing: the form is then chosen in the graph.
     """
     if call.rows is None:
         return DIAGONAL
@@ -35,12 +35,12 @@ def choose(call: "KernelCall") -> str | None:
 
 
 def num_kept(num_total: int | None, num_in: int, num_out: int, max_rows: int | None) -> int:
-    """Returns on how many rows, or sums of rows, a kernel is conditioned that positions share.
+    """Returns the number of rows, or sums of rows, on which a kernel that positions share is conditioned.
 
-    As many as conditioning on them adds at most `BUDGET` of the layer's own multiplications, and no fewer than `MIN_ROWS`.
+    As many as add at most `BUDGET` times the layer's own multiplications, but at least `MIN_ROWS`.
 
     Args:
-        num_total: integer, the rows of the layer, or `None` where tracing leaves it open.
+        num_total: integer, the rows of the layer, or `None` if unknown while tracing.
         num_in: integer, the features of a row.
         num_out: integer, the features of a product.
         max_rows: integer that the user chose instead, or `None`.

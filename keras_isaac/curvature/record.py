@@ -18,7 +18,7 @@ class KernelCall:
         rows: the `Rows` that the gradient is conditioned on, or `None` for a table of tokens.
         has_product: boolean, whether `rows` are all rows of one product, whose gradient the backward pass computes.
         num_output_rows: integer, how many rows of that gradient condition the output side, or `None`.
-        num_tokens: integer, how many tokens are looked up in a table, or `None` where tracing leaves it open.
+        num_tokens: integer, how many tokens are looked up in a table, or `None` if unknown while tracing.
         frequency: tensor `[in]`, for a table: the share of each token.
         damping: scalar tensor, for a table: the damping that is added to the shares.
         reason: string, why this call leaves the kernel's gradient plain, or `None`. Nothing else is known of such a call.
@@ -35,12 +35,12 @@ class KernelCall:
 
     @property
     def num_rows(self) -> int | None:
-        """How many rows the gradient is conditioned on, or `None` where tracing leaves it open."""
+        """How many rows the gradient is conditioned on, or `None` if unknown while tracing."""
         return self.num_tokens if self.rows is None else self.rows.values.shape[-2]
 
     @property
     def num_total(self) -> int | None:
-        """How many rows the kernel multiplies, or `None` where tracing leaves it open."""
+        """How many rows the kernel multiplies, or `None` if unknown while tracing."""
         return self.num_tokens if self.rows is None else self.rows.num_total
 
     @property

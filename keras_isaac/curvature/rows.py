@@ -15,7 +15,7 @@ from keras_isaac.curvature import plan
 from keras_isaac.scope import Conditioning
 
 _GOLDEN = (5**0.5 - 1) / 2
-# A batch size that tracing leaves open is taken for Keras' default where only the cost depends on it.
+# Keras' default batch size, assumed for the cost if the batch size is unknown while tracing.
 _DEFAULT_BATCH_SIZE = 32
 
 
@@ -24,10 +24,11 @@ class Rows(NamedTuple):
 
     Args:
         values: tensor `[*groups, rows, in]`, zero where masked. `valuesᵀ values` estimates `num_sampled` times the mean of xxᵀ.
-        num_sampled: how many valid rows `values` are made of, an integer or a tensor that broadcasts to `[*groups, 1, 1]`.
-        num_valid: how many valid rows the layer has, likewise.
-        num_total: integer, how many rows the layer has with the masked ones, for the cost. `None` where tracing leaves it
-            open.
+        num_sampled: the number of valid rows that `values` were computed from, an integer or a tensor that broadcasts to
+            `[*groups, 1, 1]`.
+        num_valid: the number of valid rows of the layer, likewise.
+        num_total: integer, the number of rows of the layer, masked ones included, for the cost. `None` if unknown while
+            tracing.
         is_shared: boolean, whether positions share the kernel.
     """
 
@@ -54,7 +55,7 @@ def sampled_rows(inputs: Any, conditioning: Conditioning, mask: Any = None, num_
         return product_rows(inputs, conditioning, is_shared, num_total)
     shape = ops.shape(inputs)
     groups, samples, num_features = shape[:num_groups], shape[num_groups], shape[-1]
-    # No size is left for `reshape` to find, which it could not in an empty batch.
+    # All sizes are given, since `reshape` cannot infer one in an empty batch.
     positions = math.prod(shape[num_groups + 1 : -1])
     if mask is not None:
         mask_groups = groups if len(mask.shape) == len(inputs.shape) - 1 else ()
@@ -88,7 +89,7 @@ def product_rows(values: Any, conditioning: Conditioning, is_shared: bool, num_t
         values: tensor, the matrix.
         conditioning: the `Conditioning` in force, for `max_rows`.
         is_shared: boolean, whether positions share the kernel.
-        num_total: integer, how many rows the layer has, or `None` where tracing leaves it open.
+        num_total: integer, how many rows the layer has, or `None` if unknown while tracing.
     """
     num_valid = ops.shape(values)[-2] if values.shape[-2] is None else values.shape[-2]
     if not is_shared:
@@ -105,7 +106,7 @@ def expected_total(sizes: tuple[Any, ...]) -> int | None:
 
 
 def num_read(conditioning: Conditioning) -> int:
-    """Returns how many rows at most are read of a layer whose positions share its kernel."""
+    """Returns the largest number of rows that are read of a layer whose positions share its kernel."""
     return max(plan.NUM_READ, conditioning.max_rows or 0)
 
 
@@ -152,15 +153,15 @@ def subsample(rows: Any, max_rows: int | None, axis: int = -2) -> Any:
 
 
 def as_index(index: Any) -> Any:
-    """Returns indices as a tensor: PyTorch keeps those of NumPy on the device."""
+    """Returns indices as a tensor. On PyTorch, NumPy indices are copied to the device once."""
     return backend.constant(index) if isinstance(index, np.ndarray) else index
 
 
 def subsample_indices(num_rows: Any, max_rows: Any) -> Any:
-    """Returns at most `max_rows` indices below `num_rows`, one in each of as many equal strata: of NumPy for integers.
+    """Returns at most `max_rows` indices below `num_rows`, one in each of as many equal strata.
 
-    Rows are samples by positions. A constant stride could pick the same position of every sample, so the place within the
-    stratum moves by the golden ratio, which spreads it evenly.
+    They are a NumPy array if both numbers are integers. Rows are samples by positions. A constant stride could pick the same
+    position of every sample, so the place within the stratum moves by the golden ratio, which spreads it evenly.
     """
     if isinstance(num_rows, int) and isinstance(max_rows, int):
         strata = np.arange(min(num_rows, max_rows))

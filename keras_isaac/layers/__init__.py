@@ -1,8 +1,9 @@
 """How each kind of layer reads as rows times a kernel: one adapter a kind, one table.
 
 An adapter has two functions. `kernels(layer)` lists the variables that it conditions. `call(layer, conditioning_of, inputs)`
-is the layer's own `call` with conditioned products; `conditioning_of(kernel)` is the `Conditioning` of a kernel, or `None`
-where that kernel is to be left plain. It may have a third, `notes(layer)`: by the kernel's id, which part of it stays plain.
+is the layer's own `call` with conditioned products; `conditioning_of(kernel)` is the `Conditioning` of a kernel, or `None` if
+that kernel is to be left plain. A third, optional one, `notes(layer)`, returns a dictionary from a kernel's id to a note on
+which part of it stays plain.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ __all__ = ["call_with", "conditioned", "mask_of", "register_adapter", "register_
 
 _KINDS = {
     "Dense": DenseAdapter,
-    # It trains a kernel from which it computes the one it multiplies: the whole gradient is conditioned when it is finished.
+    # Multiplies by a kernel that it computes from the trained one, whose whole gradient is conditioned when it is finished.
     "TernaryDense": RegisteredAdapter("TernaryDense").add("kernel", lambda layer, inputs: inputs),
     "EinsumDense": EinsumDenseAdapter,
     "Conv1D": ConvAdapter,
@@ -50,18 +51,18 @@ _KINDS = {
     "Bidirectional": BidirectionalAdapter,
     "TimeDistributed": TimeDistributedAdapter,
 }
-# Looked up by the function that computes the layer: a subclass with a `call` of its own is another kind of layer. An older
-# Keras has not all of them.
+# Keyed by the layer's `call` function: a subclass that overrides `call` is another kind of layer. Older versions of Keras lack
+# some of them.
 _ADAPTERS: dict[Any, Any] = {
     getattr(keras.layers, name).call: adapter for name, adapter in _KINDS.items() if hasattr(keras.layers, name)
 }
 
 
 def register_layer(layer_class: type[keras.Layer], kernel: str, rows: Callable[[Any, Any], Any], groups: bool = False) -> None:
-    """Says how a layer of your own reads, so that `capture_inputs` captures it.
+    """Registers a custom layer, so that `capture_inputs` captures it.
 
-    For a layer that multiplies its inputs by a kernel, once a position, and then does what it likes. Its own `call` keeps
-    running; only the gradient of the kernel changes.
+    For a layer that multiplies its inputs by a kernel, once per position, whatever it computes from the product. Its own `call`
+    keeps running; only the gradient of the kernel changes.
 
     Args:
         layer_class: subclass of `keras.Layer` with a `call` of its own.
@@ -75,7 +76,7 @@ def register_layer(layer_class: type[keras.Layer], kernel: str, rows: Callable[[
             with or without the groups. Defaults to `False`.
 
     Raises:
-        TypeError: if `layer_class` is no layer class, `kernel` no string or `rows` no function.
+        TypeError: if `layer_class` is not a layer class, `kernel` not a string or `rows` not a function.
         ValueError: if `layer_class` has no `call` of its own.
 
     Example:
@@ -114,18 +115,18 @@ class Adapter(Protocol):
 
 
 def register_adapter(layer_class: type[keras.Layer], adapter: Adapter) -> None:
-    """Says by an adapter how a layer of your own is conditioned, for what `register_layer` cannot say.
+    """Registers an adapter for a custom layer that `register_layer` cannot describe.
 
     Args:
         layer_class: subclass of `keras.Layer` with a `call` of its own.
         adapter: object of two functions. `kernels(layer)` lists the variables that it conditions.
-            `call(layer, conditioning_of, inputs, ...)` takes the place of the layer's `call` in a training step, with the
-            products or kernels conditioned; `conditioning_of(kernel)` is the `Conditioning` of a kernel, or `None` where it is
-            to be left plain. `keras_isaac.layers` has what they are made of: `sampled_rows`, `conditioned`, `mask_of` and
+            `call(layer, conditioning_of, inputs, ...)` replaces the layer's `call` in a training step, with the products or
+            kernels conditioned; `conditioning_of(kernel)` is the `Conditioning` of a kernel, or `None` if it is to be left
+            plain. `keras_isaac.layers` has the functions to write it with: `sampled_rows`, `conditioned`, `mask_of` and
             `call_with`.
 
     Raises:
-        TypeError: if `layer_class` is no layer class, or the adapter lacks one of the functions.
+        TypeError: if `layer_class` is not a layer class, or the adapter lacks one of the functions.
         ValueError: if `layer_class` has no `call` of its own.
 
     Example:
@@ -158,7 +159,7 @@ def register_adapter(layer_class: type[keras.Layer], adapter: Adapter) -> None:
 
 
 def _check_call(layer_class: type[keras.Layer]) -> None:
-    # Layers are known by their function: an inherited one is that of other layers too.
+    # Layers are looked up by their `call` function. An inherited one is also that of other layers.
     if "call" not in vars(layer_class):
         owner = next(base for base in layer_class.__mro__ if "call" in vars(base))
         raise ValueError(
@@ -176,8 +177,8 @@ def adapter_of(layer: keras.Layer) -> Any:
 def kernels_of(layer: keras.Layer) -> list[keras.Variable]:
     """Returns the variables that the adapter of `layer` conditions.
 
-    A kernel that the layer computes, as weight normalization does, is none: the conditioned gradient of the product is no
-    direction of descent for what it is computed from.
+    Leaves out a kernel that the layer computes, as weight normalization does: the conditioned gradient of the product is not a
+    descent direction for the variables that it is computed from.
     """
     return [kernel for kernel in adapter_of(layer).kernels(layer) if isinstance(kernel, keras.Variable)]
 

@@ -63,7 +63,8 @@ class Equation:
 
     Args:
         equation: string, such as `"abc,cde->abde"` or `"...x,xy->...y"`.
-        input_ndim: integer, the rank of the inputs, which says how many axes an ellipsis is. Defaults to `None`: at least one.
+        input_ndim: integer, the rank of the inputs, which determines the number of axes of an ellipsis. Defaults to `None`: at
+            least one.
     """
 
     def __init__(self, equation: str, input_ndim: int | None = None) -> None:
@@ -100,7 +101,7 @@ class Equation:
         return ops.reshape(inputs, (*self._group_shape(shape), *rows, math.prod(shape[len(shape) - len(self.contracted) :])))
 
     def mask_of(self, mask: Any, inputs: Any) -> Any:
-        """Returns a mask of the inputs' first axes as one of `[(groups,) *rows]`, or `None` if one of them is neither."""
+        """Returns a mask of the inputs' first axes as `[(groups,) *rows]`, or `None` if one is neither group nor row."""
         labels = list(self.inputs[: len(mask.shape)])
         wanted = [*self.groups, *self.rows] if any(label in self.groups for label in labels) else self.rows
         if any(label not in wanted for label in labels):
@@ -144,5 +145,5 @@ class Equation:
         return (math.prod(shape[: len(self.groups)]),) if self.groups else ()
 
 
-# Eager PyTorch reads a layer's equation in every step.
+# Cached, since eager PyTorch reads a layer's equation in every step.
 _equation = functools.lru_cache(maxsize=256)(Equation)

@@ -66,7 +66,7 @@ class ReversibleEmbeddingAdapter:
         if not any(map(conditioning_of, kernels)) or (reverse and quantization(layer) is not None):
             return own_call(layer)(layer, inputs, reverse=reverse)
         if not reverse:
-            # The layer gives its output a mask, which on JAX nobody else can. There, gradients of tables are dense anyway.
+            # On JAX, only the layer itself can give its output a mask, and gradients of tables are dense anyway.
             if has_lora(layer) or backend.IS_STATELESS:
                 return call_with(layer, _conditioned_values(layer, conditioning_of, inputs), inputs)
             outputs = EmbeddingAdapter.call(layer, conditioning_of, inputs)
@@ -109,13 +109,13 @@ def _token_scale(layer: Any, tokens: Any, conditioning: Conditioning, shape: tup
 
 
 def _conditioned_values(layer: Any, conditioning_of: ConditioningOf, inputs: Any) -> list[tuple[keras.Variable, Any]]:
-    """Returns pairs of each of the kernels that train and its tensor, the gradient of the table a dense one."""
+    """Returns pairs of a kernel that trains and its tensor. The gradient of the table is dense."""
     kernels = EmbeddingAdapter.kernels(layer)
     tokens, table = ops.cast(as_dense(inputs), "int32"), ops.convert_to_tensor(kernels[0])
     conditioning, *others = map(conditioning_of, kernels)
     values = []
     if others and others[0] is not None:
-        # The inputs of LoRA's second factor are what is looked up in the first.
+        # The inputs of LoRA's second factor are the rows looked up in the first.
         mask = tokens != 0 if layer.mask_zero else None
         rows = sampled_rows(ops.take(ops.stop_gradient(table), tokens, axis=0), others[0], mask)
         values.append((kernels[1], conditioned(ops.convert_to_tensor(kernels[1]), others[0], rows)))

@@ -18,7 +18,7 @@ def has_lora(layer: keras.Layer) -> bool:
 
 
 def main_kernels(layer: Any) -> list[keras.Variable]:
-    """Returns the kernel of a layer, or LoRA's two factors; of a quantized layer, what trains of them."""
+    """Returns the kernel of a layer, or LoRA's two factors; of a quantized layer, those that train."""
     if getattr(layer, "lora_enabled", False) and has_lora(layer):
         return [layer.lora_kernel_a, layer.lora_kernel_b]
     # Float8 multiplies a float kernel, rounded. Other modes have no kernel that trains.
@@ -43,7 +43,7 @@ def conditioned_factors(
         rows: `Rows` `[(groups,) rows, in]`, the inputs of the first factor.
     """
     (first, second), conditionings = matrices, [conditioning_of(kernel) for kernel in kernels]
-    # Sums of rows are inputs of the second factor as well as rows are.
+    # The inputs of the second factor can be computed from sums of rows, too.
     rows = condensed(rows, tuple(first.shape), conditioning_in_force(kernels, conditioning_of))
     if conditionings[1] is not None:
         second = conditioned(second, conditionings[1], _rows_of_second(rows, first, second))
@@ -59,7 +59,7 @@ def _rows_of_second(rows: Rows, first: Any, second: Any) -> Rows:
     times = math.prod(values.shape[:-2]) * (values.shape[-1] // rank)
 
     def count(number: Any) -> Any:
-        # Of each group, where the groups' masks differ, their mean.
+        # The number for each group; the mean over the groups if their masks differ.
         if isinstance(number, int) or len(number.shape) == 0:
             return number * times // math.prod(groups)
         return ops.reshape(ops.mean(number) * times, (1, 1)) / math.prod(groups)

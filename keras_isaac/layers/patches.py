@@ -51,7 +51,7 @@ def patches(
 ) -> Rows:
     """Returns the patches of channels-last `inputs` that a convolution multiplies, as `Rows` `[rows, positions, channels]`.
 
-    Of more patches than are read, only those on a coarser grid of positions are formed.
+    If there are more patches than are read, forms only those on a coarser grid of positions.
 
     Args:
         inputs: tensor `[samples, *spatial, channels]`.
@@ -74,7 +74,7 @@ def patches(
         grid = (tuple(lengths), before, tuple(strides), outputs, offsets, padding != "valid")
         values = _some_patches(inputs, grid, num_read(conditioning))
         return Rows(values, ops.shape(values)[0], math.prod((num_samples, *outputs)), num_total, True)
-    # Wide enough on both sides, whatever the lengths: a patch starts where its padding does.
+    # Pads both sides wide enough for any length. A patch starts where its padding starts.
     widths = [offset if padding != "valid" else 0 for offset in offsets[-1]]
     if any(widths):
         inputs = ops.pad(inputs, [(0, 0), *((width, width) for width in widths), (0, 0)])
@@ -151,7 +151,7 @@ def _is_static(num_samples: Any, grid: _Grid) -> bool:
 
 
 def _places(num_samples: Any, grid: _Grid, max_rows: int) -> tuple[Any, Any]:
-    """Returns which of the flattened pixels make up the patches `[rows, kernel positions]`, and which of those there are.
+    """Returns which of the flattened pixels make up the patches `[rows, kernel positions]`, and which lie inside the image.
 
     Args:
         num_samples: integer, or scalar tensor.
@@ -161,7 +161,7 @@ def _places(num_samples: Any, grid: _Grid, max_rows: int) -> tuple[Any, Any]:
     lengths, before, strides, outputs, offsets, is_padded = grid
     numbers = np if _is_static(num_samples, grid) else ops
     num_positions = math.prod(outputs)
-    # Some sixteen positions of a sample before fewer samples, then as coarse a grid as keeps to the limit.
+    # Keeps about sixteen positions of a sample rather than more samples. The grid is then as coarse as the limit requires.
     if isinstance(num_positions, int):
         samples = subsample_indices(num_samples, max(1, max_rows // min(num_positions, 16)))
     else:
@@ -190,5 +190,5 @@ def _places(num_samples: Any, grid: _Grid, max_rows: int) -> tuple[Any, Any]:
     return numbers.where(is_inside, index, 0), is_inside
 
 
-# Eager PyTorch would compute them in every step.
+# Cached, since eager PyTorch would compute them in every step.
 _static_places = functools.lru_cache(maxsize=128)(_places)

@@ -1,4 +1,4 @@
-"""What adapters are made of: products and kernels whose gradients are conditioned."""
+"""The parts of adapters: products and kernels whose gradients are conditioned."""
 
 import math
 import warnings
@@ -69,7 +69,7 @@ def product(inputs: Any, kernel: Any, conditioning: Conditioning, mask: Any = No
     matrix = _as_matrix(inputs, num_groups)
     rows = product_rows(matrix, conditioning, True, expected_total(inputs.shape[num_groups:-1]))
     rows = condensed(rows, tuple(kernel.shape), conditioning)
-    # Of an open number of rows, some may be left out.
+    # If the number of rows is unknown while tracing, some may be left out.
     outputs = _conditioned_product(matrix, kernel, conditioning, rows, rows.values is matrix and matrix.shape[-2] is not None)
     return ops.reshape(outputs, (*ops.shape(inputs)[:-1], kernel.shape[-1]))
 
@@ -77,13 +77,13 @@ def product(inputs: Any, kernel: Any, conditioning: Conditioning, mask: Any = No
 def _as_matrix(inputs: Any, num_groups: int) -> Any:
     """Returns `[(groups,) rows, in]` of `[(groups,) samples, *positions, in]`."""
     shape = ops.shape(inputs)
-    # No size is left for `reshape` to find, which it could not in an empty batch.
+    # All sizes are given, since `reshape` cannot infer one in an empty batch.
     return ops.reshape(inputs, (*shape[:num_groups], math.prod(shape[num_groups:-1]), shape[-1]))
 
 
 def _conditioned_product(matrix: Any, kernel: Any, conditioning: Conditioning, rows: Rows, is_whole: bool) -> Any:
     """Returns `matrix @ kernel`, conditioned on rows of the matrix, or on all if `is_whole`."""
-    # A norm is known once the gradient is finished.
+    # The norm is known only once the gradient is finished.
     has_product = is_whole and not (conditioning.preserve_norm and conditioning.output_damping is None)
     num_output_rows = None
     if conditioning.output_damping is not None:

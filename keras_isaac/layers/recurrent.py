@@ -54,7 +54,7 @@ class RNNAdapter:
         step_mask = None if mask is None else ops.cast(keras.tree.flatten(mask)[0], "bool")
         read = _read_stack if isinstance(layer.cell, keras.layers.StackedRNNCells) else _read_cell
         values, inner_loop = read(layer, conditioning_of, sequences, step_mask, training)
-        # What a stateful layer keeps is not among its variables.
+        # The states of a stateful layer are not among its variables.
         values += [(state, state.value) for state in keras.tree.flatten(layer.states or [])]
         with with_attributes(layer, inner_loop=inner_loop):
             return call_with(layer, values, sequences, initial_state=initial_state, mask=mask, training=training)
@@ -72,7 +72,7 @@ class BidirectionalAdapter:
     @staticmethod
     def call(layer: Any, conditioning_of: ConditioningOf, *args: Any, **kwargs: Any) -> Any:
         """The layer's own `call`."""
-        # On a GPU, Keras may pass both layers over and run their kernels in one operation, but not where they are stateful.
+        # On a GPU, Keras may skip both layers and run their kernels in one operation, but not if they are stateful.
         with with_attributes(layer, stateful=True):
             return type(layer).call(layer, *args, **kwargs)
 
@@ -118,7 +118,7 @@ class _LateKernel:
         matrix = ops.reshape(value, (-1, value.shape[-1]))
         read, self._conditioning, self._rows_of = matrix[:, :columns], conditioning, rows_of
         self._shape = tuple(read.shape)
-        # One feature more, which counts how often the features were routed.
+        # One extra feature, which counts how often the features were routed.
         probe = ops.zeros((*shape[:-1], shape[-1] + 1), value.dtype)
         read, self._probe = backend.with_gradients(
             lambda kernel, probe, damping: (kernel * 1, probe * 1), self._gradients, read, probe, conditioning.damping
@@ -137,7 +137,7 @@ class _LateKernel:
 
     def _gradients(self, output_gradients: tuple[Any, Any], kernel: Any, probe: Any, damping: Any) -> tuple[Any, None, None]:
         gradient, routed = output_gradients
-        # A loss that holds derivatives routes the features several times. The last feature counts them.
+        # A loss that contains derivatives routes the features several times. The last feature counts them.
         rows = self._rows(routed[..., :-1] / backend.clip(routed[..., -1:], 1))
         counts, is_relative = (rows.num_sampled, rows.num_valid), self._conditioning.relative_damping
         form = plan.choose(KernelCall(self._shape, rows))
@@ -148,7 +148,7 @@ class _LateKernel:
 
 
 def _route_gradient(results: Any, probe: Any, features: Any) -> Any:
-    """Returns a nest of several tensors; whenever a gradient passes them, the features are added to the probe's gradient."""
+    """Returns `results`, a nest of tensors; a gradient that passes through them adds the features to the probe's gradient."""
     features = backend.stop_gradient(ops.cast(features, probe.dtype))
     message = ops.concatenate([features, ops.ones_like(features[..., :1])], axis=-1)
     return keras.tree.pack_sequence_as(results, list(_routing(keras.tree.flatten(results), probe, message)))
@@ -157,7 +157,7 @@ def _route_gradient(results: Any, probe: Any, features: Any) -> Any:
 def _routing(tensors: Sequence[Any], probe: Any, message: Any) -> tuple[Any, ...]:
     def gradients(output_gradients: Sequence[Any], *inputs: Any) -> tuple[Any, ...]:
         *_, probe, message = inputs
-        # The loss may hold only derivatives of the results, which therefore route the features too.
+        # The loss may contain only derivatives of the results, which therefore route the features too.
         return *_routing(output_gradients, probe, message), message, None
 
     return backend.with_gradients(lambda *inputs: inputs[:-2], gradients, *tensors, probe, message)
@@ -179,7 +179,7 @@ def _read_cell(
     input_rows, state_rows, state_shape = _reading(layer, sequences)
     conditioning = conditioning_of(cell.kernel)
     if conditioning is not None:
-        # The call draws this mask first of all, and keeps one that is there already.
+        # The call draws this mask first, and reuses one that was drawn before.
         dropout = cell.get_dropout_mask(sequences[:, 0]) if training else None
         rows = input_rows(_dropped(sequences, dropout), conditioning, mask)
         value = ops.convert_to_tensor(cell.kernel)
@@ -234,7 +234,7 @@ def _read_stack(
                 read.append(ops.cast(_dropped(tensor, dropout(tensor) if training else None), inputs.dtype))
             return type(cell).call(cell, inputs, states, training=training)
 
-        # Keras holds an output at masked steps. On JAX it takes it from the first state, which so is the output before.
+        # At masked steps, Keras repeats the previous output: on JAX the first state, which therefore holds the output.
         def call_stack(inputs: Any, states: Sequence[Any], **kwargs: Any) -> tuple[Any, list[Any]]:
             read.clear()
             output, new_states = type(stack).call(stack, inputs, states[1:], **kwargs)
@@ -293,7 +293,7 @@ def _mask_of_states(mask: Any, go_backwards: bool) -> Any:
 
 
 def _dropped(tensor: Any, mask: Any) -> Any:
-    """Returns what is left of inputs or states, if all gates share a dropout mask: there is a list of masks otherwise."""
+    """Returns inputs or states after dropout if all gates share a mask; unchanged for a list of masks, one for each gate."""
     if mask is None or isinstance(mask, (list, tuple)):
         return tensor
     return tensor * (mask if len(mask.shape) == len(tensor.shape) else mask[:, None])

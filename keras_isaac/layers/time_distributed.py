@@ -32,7 +32,7 @@ class TimeDistributedAdapter:
 
     @staticmethod
     def call(layer: Any, conditioning_of: ConditioningOf, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        """The layer's own `call`, in which the wrapped layer finds its kernels conditioned."""
+        """The layer's own `call`, with the kernels of the wrapped layer conditioned."""
         kernels, wrapped = TimeDistributedAdapter.kernels(layer), layer.layer
         values: Sequence[Any] = [ops.convert_to_tensor(kernel) for kernel in kernels]
         conditioning = conditioning_in_force(kernels, conditioning_of)
@@ -68,7 +68,7 @@ def _conditioned_convolution(layer: Any, kernel: Any, conditioning: Conditioning
     if None in inputs.shape[2:-1]:
         # TensorFlow may trace a step for images of any size. There is no grid of patches then, and the gradient is plain.
         return kernel
-    # A step counts if anything in it does.
+    # A step is valid if any position in it is.
     mask = _mask_of_positions(mask, inputs, 2)
     rows = patch_rows(inputs, conditioning, mask, layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding)
     size, num_in = math.prod(kernel.shape[:-2]), kernel.shape[-2]
