@@ -208,3 +208,46 @@ def test_a_call_that_is_a_tf_function_is_conditioned_as_any_other(kind, predicts
 
     for ours, theirs in zip(train(tf.function), train(lambda function: function), strict=True):
         assert relative_error(ours, theirs) < 1e-6
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="`jax.shard_map`")
+@pytest.mark.parametrize("options", [{}, {"preserve_norm": True}], ids=["as it comes", "preserve_norm"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.often("dense-as it comes", "lora-preserve_norm")
+def test_a_step_in_shard_map_with_checked_axes_is_conditioned(kind, options):
+    import jax
+    from jax.sharding import Mesh, PartitionSpec
+
+    make_layer, shape = KINDS[kind]
+    layer = make_layer()
+    layer.build(shape)
+    if kind == "lora":
+        layer.enable_lora(2)
+    capture_inputs(layer)
+    optimizer = paper_isaac(damping=0.1, **options)
+    optimizer.build(layer.trainable_variables)
+    weights, state, optimizer_variables = (
+        [variable.value for variable in variables]
+        for variables in (layer.trainable_variables, layer.non_trainable_variables, optimizer.variables)
+    )
+    inputs = np.random.default_rng(0).normal(size=shape).astype("float32")
+
+    def gradients(weights, state, optimizer_variables, inputs):
+        def loss(weights):
+            with optimizer.conditioning(optimizer_variables):
+                return ops.sum(layer.stateless_call(weights, state, inputs)[0] ** 2)
+
+        return jax.grad(loss)(weights)
+
+    # One device is enough: the types of values that differ between devices are checked all the same.
+    everywhere, divided = PartitionSpec(), PartitionSpec("batch")
+    sharded = jax.shard_map(
+        gradients,
+        mesh=Mesh(np.array(jax.devices()[:1]), ("batch",)),
+        in_specs=(everywhere, everywhere, everywhere, divided),
+        out_specs=everywhere,
+        check_vma=True,
+    )
+    arguments = weights, state, optimizer_variables, inputs
+    for ours, theirs in zip(jax.jit(sharded)(*arguments), jax.jit(gradients)(*arguments), strict=True):
+        assert relative_error(to_numpy(ours), to_numpy(theirs)) < 1e-6

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -183,6 +183,7 @@ def _whiten_by_elimination(matrix: jax.Array, rows: jax.Array) -> jax.Array:
 
 def gate(kernel: jax.Array, residuals: Sequence[Any], condition: Callable, is_linear: bool = True) -> jax.Array:
     """Returns `kernel`, whose gradient passes `condition`, and so does its tangent if that is a symmetric linear map."""
+    kernel = _vary_as(kernel, residuals)
     if not is_linear:
 
         def gradients(output_gradient: jax.Array, kernel: jax.Array, *residuals: Any) -> tuple[Any, ...]:
@@ -206,6 +207,22 @@ def gate(kernel: jax.Array, residuals: Sequence[Any], condition: Callable, is_li
         return identity(*primals), conditioned.astype(primals[0].dtype)
 
     return identity(kernel, jax.lax.stop_gradient(tuple(residuals)))
+
+
+def _vary_as(kernel: Any, tensors: Iterable[Any]) -> Any:
+    """Returns `kernel`, in a `jax.shard_map` as a value of each device's own if one of the tensors is.
+
+    Each device then conditions its gradient on its own rows, and the sum over devices comes after.
+    """
+    missing = frozenset().union(*(_varying_axes(tensor) for tensor in tensors if tensor is not None)) - _varying_axes(kernel)
+    return jax.lax.pcast(kernel, tuple(missing), to="varying") if missing else kernel
+
+
+def _varying_axes(tensor: Any) -> frozenset:
+    """Returns the axes of the mesh along which a value in `jax.shard_map(check_vma=True)` differs."""
+    kind = jax.typeof(tensor)
+    # Versions of JAX name it differently.
+    return getattr(getattr(kind, "manual_axis_type", None), "varying", None) or getattr(kind, "vma", None) or frozenset()
 
 
 def product(rows: jax.Array, kernel: jax.Array, residuals: Sequence[Any], functions: "ProductFunctions") -> jax.Array:
@@ -241,6 +258,8 @@ def with_gradients(function: Callable, gradients: Callable, *tensors: Any) -> An
     @jax.custom_vjp
     def call(*tensors: Any) -> Any:
         return function(*tensors)
+
+    tensors = tuple(None if tensor is None else _vary_as(tensor, tensors) for tensor in tensors)
 
     def forward(*tensors: Any) -> tuple[Any, tuple[Any, ...]]:
         return call(*tensors), tensors
