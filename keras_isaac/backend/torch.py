@@ -125,7 +125,7 @@ def trace_of_gram(rows: torch.Tensor, gram: torch.Tensor) -> Number:
 
 def is_in_numbers(matrix: torch.Tensor) -> bool:
     """Whether traces and dampings are read as numbers: eager PyTorch pays for operations on tensors, and a CPU has no queue."""
-    if matrix.device.type != "cpu" or matrix.ndim != 2 or matrix.shape[-1] == 0 or torch.compiler.is_compiling():
+    if not is_on_cpu(matrix) or matrix.ndim != 2 or matrix.shape[-1] == 0 or torch.compiler.is_compiling():
         return False
     try:
         matrix.data_ptr()
@@ -162,7 +162,7 @@ def eager_projection(rows: torch.Tensor, factor: torch.Tensor, damping: Number, 
 
     On a CPU, where numbers can be read: one product with the damping folded into it, a Cholesky factor and its inverse.
     """
-    if not is_in_numbers(rows) or torch.get_float32_matmul_precision() != "highest":
+    if not is_in_numbers(rows) or _rounds_products() or not rows.shape[0]:
         return None
     num_rows, num_in = rows.shape
     total = torch.linalg.vector_norm(rows).item() ** 2

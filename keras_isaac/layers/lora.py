@@ -43,8 +43,9 @@ def conditioned_factors(
         rows: `Rows` `[(groups,) rows, in]`, the inputs of the first factor.
     """
     (first, second), conditionings = matrices, [conditioning_of(kernel) for kernel in kernels]
-    # The inputs of the second factor can be computed from sums of rows, too.
-    rows = condensed(rows, tuple(first.shape), conditioning_in_force(kernels, conditioning_of))
+    if len(second.shape) == 2:
+        # The inputs of the second factor can be computed from sums of rows, too, but not from sums over groups.
+        rows = condensed(rows, tuple(first.shape), conditioning_in_force(kernels, conditioning_of))
     if conditionings[1] is not None:
         second = conditioned(second, conditionings[1], _rows_of_second(rows, first, second))
     if conditionings[0] is not None:
