@@ -200,11 +200,11 @@ def keep_scope(layer: keras.Layer) -> None:
 
 
 def _rematerialized_call(layer: keras.Layer, layer_call: Callable, *args: Any, **kwargs: Any) -> Any:
-    # The backward pass may run after the scope is closed, or in a thread of its own, and Keras loses the masks on the way.
+    # The backward pass may run after the scope is closed, or in another thread. Keras also drops the masks of the inputs.
     masks = keras.tree.map_structure(lambda value: mask_of(value) if ops.is_tensor(value) else None, (args, kwargs))
 
-    # JAX remembers a trace by its function: a captured layer's `call` is the same one every time, where Keras' is a new bound
-    # method, and so needs a new one here.
+    # JAX caches a trace by its function. The `call` of a captured layer is the same function in each step, so a new function is
+    # needed here.
     @bind_scope
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = keras.tree.map_structure(with_mask, (args, kwargs), masks)

@@ -1,7 +1,11 @@
-"""The conditioning scope: which gradients are conditioned right now, and with what damping.
+"""The conditioning scope: which gradients are conditioned now, and with what damping.
 
-A training step opens the scope; captured layers look into it. It is kept per thread and per asynchronous context, since
-`tf.distribute.MirroredStrategy` traces every replica in a thread of its own.
+A training step opens the scope and captured layers read it. Each thread and asynchronous context has its own, because
+`tf.distribute.MirroredStrategy` traces every replica in a separate thread.
+
+Two kinds of code run a layer apart from the step that opened the scope, and `backend.in_scopes` covers both. Recomputation runs
+the forward pass again in the backward pass, where the scope may be closed. `backend.scopes_of_recomputation` finds the scopes of
+the forward pass. And JAX reuses the trace of a function. It does so only in the scopes in which the trace was made.
 """
 
 import contextlib
@@ -27,14 +31,13 @@ class Conditioning:
     """What one optimizer asks of the layers during one step.
 
     Args:
-        damping: scalar tensor of the step, λ_a in the paper.
-        output_damping: scalar tensor of the step, λ_g in the paper, times the square of the scale of the loss unless it is
-            relative; or `None`.
+        damping: scalar tensor, λ_a in the paper.
+        output_damping: scalar tensor, λ_g in the paper, times the square of the loss scale unless it is relative; or `None`.
         relative_damping: boolean, whether the dampings are in units of the mean eigenvalue.
         preserve_norm: boolean, whether a conditioned gradient has the norm of the plain one.
-        weight_sharing: `"expand"` or `"reduce"`, how positions that share a kernel make rows.
-        max_rows: integer, how many rows at most stand for all of a shared kernel's, or `None`.
-        per_replica: boolean, whether each replica's rows make a curvature of their own.
+        weight_sharing: `"expand"` or `"reduce"`, how positions that share a kernel become rows.
+        max_rows: integer, the largest number of rows used for a kernel that positions share, or `None`.
+        per_replica: boolean, whether each replica conditions on its own rows.
         trains: function of a kernel variable, whether this optimizer updates it.
         on_use: called without arguments whenever a layer conditions a kernel.
         chooses: function of a layer, whether it is conditioned. Defaults to all.
@@ -128,13 +131,13 @@ def conditioning_of(kernel: Any) -> Conditioning | None:
     return None
 
 
-# What opened a scope of a training loop, if that was closed and no optimizer was applied since. A backward pass that follows
-# may recompute the forward pass.
+# The checks of optimizers whose scope was closed in a training loop and that have not been applied since. A backward pass that
+# follows may recompute the forward pass.
 closed: weakref.WeakSet = weakref.WeakSet()
 
 
 def is_recomputed_outside() -> bool:
-    """Returns whether a layer is called in a backward pass that recomputes it outside of the scope of its forward pass."""
+    """Returns whether this runs in a backward pass that recomputes a forward pass whose scope is closed."""
     return bool(closed) and backend.scopes_of_recomputation() is None
 
 
@@ -148,7 +151,7 @@ def note_plain_call() -> None:
 
 
 def take_plain_calls() -> bool:
-    """Returns whether a captured layer was called outside of any scope since this was asked last."""
+    """Returns whether a captured layer was called outside of any scope since the last call of this function."""
     was_called = bool(_plain_calls)
     _plain_calls.clear()
     return was_called

@@ -25,13 +25,13 @@ transpose = tf.linalg.matrix_transpose
 
 
 def is_tracing(tensor: Any) -> bool:
-    """Whether Python runs for the step that computes with `tensor`."""
+    """Returns whether Python runs for the step that computes with `tensor`."""
     return not tf.executing_eagerly()
 
 
 @contextlib.contextmanager
 def in_scopes(scopes: tuple) -> Iterator[None]:
-    """Opens the context by which `scopes_of_recomputation` finds the scopes."""
+    """Opens the context in which `scopes_of_recomputation` finds these scopes."""
 
     def get_variable(getter: Callable, *args: Any, **kwargs: Any) -> Any:
         return getter(*args, **kwargs)
@@ -44,7 +44,7 @@ def in_scopes(scopes: tuple) -> Iterator[None]:
 
 
 def scopes_of_recomputation() -> tuple:
-    """Returns the scopes in which the forward pass ran that is recomputed here, or nothing."""
+    """Returns the scopes of the forward pass that is recomputed here, or an empty tuple."""
     getter = tf.compat.v1.get_variable_scope().custom_getter
     return getattr(getattr(getter, "func", getter), "scopes", ())
 
@@ -53,12 +53,12 @@ def untraced(function: Callable) -> Callable | None:
     """Returns a `tf.function` without the traces that it keeps, or `None` for any other function."""
     if not isinstance(function, tf.types.experimental.PolymorphicFunction):
         return None
-    # Eager Python needs no AutoGraph.
+    # Eager execution needs no AutoGraph.
     return function.python_function if tf.executing_eagerly() else tf.function(function.python_function)
 
 
 def traced_once(function: Callable) -> Callable:
-    """Returns `function`, traced once for all calls of the same shapes: to trace every operation again takes long."""
+    """Returns `function`, traced once for all calls of the same shapes, because tracing takes long."""
     traced = tf.function(function, autograph=False)
 
     @functools.wraps(function)
@@ -69,7 +69,7 @@ def traced_once(function: Callable) -> Callable:
 
 
 def clip(tensor: tf.Tensor, minimum: float, maximum: float | None = None) -> tf.Tensor:
-    """Returns `tensor` with its values held between two numbers, or above one."""
+    """Returns `tensor` with its values clipped to a minimum and, if given, a maximum."""
     tensor = tf.maximum(tensor, minimum)
     return tensor if maximum is None else tf.minimum(tensor, maximum)
 
@@ -133,7 +133,7 @@ def damped_inverse(matrix: tf.Tensor, total: tf.Tensor, damping: Any) -> tf.Tens
     damped, identity = _damped(matrix, total, damping, 1 / tf.cast(tf.shape(matrix)[-1], matrix.dtype))
     root = tf.linalg.triangular_solve(tf.linalg.cholesky(damped), tf.broadcast_to(identity, tf.shape(matrix)))
     inverse = matmul(tf.linalg.matrix_transpose(root), root)
-    # Of a failed factor no entry is finite.
+    # Where the factorization failed, no entry is finite.
     return tf.where(tf.math.is_finite(inverse[..., -1:, -1:]), inverse, identity / (damping + total))
 
 
@@ -154,14 +154,14 @@ def _damped(matrix: tf.Tensor, total: tf.Tensor, damping: Any, floor: Any) -> tu
 
 
 def _is_mapped() -> bool:
-    """Whether this is traced for `tf.vectorized_map`, which keeps no custom gradient."""
+    """Returns whether this is traced by `tf.vectorized_map`, which ignores custom gradients."""
     return not tf.executing_eagerly() and "loop_body" in tf.get_current_name_scope().split("/")
 
 
 def gate(kernel: Any, residuals: Sequence[Any], condition: Callable, is_linear: bool = True) -> tf.Tensor:
     """Returns `kernel`, whose gradient passes `condition`."""
     if _is_mapped() and is_linear:
-        # The same in operations whose gradients are kept: the map's own is the map.
+        # The map is symmetric, so the gradient of `conditioned` is the conditioned gradient.
         conditioned = condition(tf.convert_to_tensor(kernel), *residuals)
         return tf.stop_gradient(kernel - conditioned) + conditioned
 
@@ -185,7 +185,7 @@ def product(rows: tf.Tensor, kernel: tf.Tensor, residuals: Sequence[Any], functi
         return rows_gradient, functions.condition(rows, output_gradient, *residuals)
 
     def multiply(rows: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-        # A `tf.autodiff.ForwardAccumulator` takes the tangent from here, and not from the gradients.
+        # `tf.autodiff.ForwardAccumulator` differentiates this function and does not use `gradients`.
         return tf.matmul(rows, functions.gate(kernel, rows, *residuals))
 
     return with_gradients(multiply, gradients, rows, kernel)
@@ -208,7 +208,7 @@ def with_gradients(function: Callable, gradients: Callable, *tensors: Any) -> An
     @tf.custom_gradient
     def call(*present: Any) -> Any:
         def all_gradients(*output_gradients: Any) -> tuple[Any, ...]:
-            # The gradient of a table comes as a sparse one.
+            # The gradient of an embedding table is `tf.IndexedSlices`.
             output_gradients = tuple(map(tf.convert_to_tensor, output_gradients))
             output_gradients = output_gradients if len(output_gradients) > 1 else output_gradients[0]
             results = gradients(output_gradients, *completed(present))
@@ -236,21 +236,21 @@ def gradients_of(function: Callable, tensors: Sequence[tf.Tensor]) -> tuple[Any,
         tape.watch(tensors)
         loss, results = function(tensors)
     gradients = tape.gradient(loss, tensors, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    # A table has sparse ones.
+    # The gradient of an embedding table is `tf.IndexedSlices`.
     return results, [tf.convert_to_tensor(gradient) for gradient in gradients]
 
 
 def barrier(gradients: Sequence[Any]) -> list[Any]:
     """Returns the gradients of a step, each of which is available only once all of them are.
 
-    An optimizer must not update a variable before every gradient that reads it is computed. In a graph, control edges say so.
-    Keras passes all gradients through one `IdentityN`, so Grappler finds the order of a read and the update of its variable
-    implied by a path through this operation and removes the control edge, and then splits the operation and with it the path.
-    It never splits a call of a function that must not be inlined.
+    An optimizer must not update a variable before all gradients that read it are computed. TensorFlow ensures this by control
+    edges from the reads to the update. Keras passes all gradients through one `IdentityN`. Grappler treats the path from a read
+    through this operation to the update as a reason to remove the control edge, and later splits the operation, which removes
+    the path too. It does not split the call of a function that must not be inlined.
     """
     if tf.executing_eagerly():
         return list(gradients)
-    # One function for each call: TensorFlow warns of a function that is traced often.
+    # A new function for each call, because TensorFlow warns if it traces one function often.
     wait = tf.function(lambda tensors: tensors, autograph=False, experimental_attributes={"_noinline": True})
     present = iter(wait([gradient for gradient in gradients if gradient is not None]))
     return [None if gradient is None else next(present) for gradient in gradients]
