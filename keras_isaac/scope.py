@@ -4,8 +4,8 @@ A training step opens the scope and captured layers read it. Each thread and asy
 `tf.distribute.MirroredStrategy` traces every replica in a separate thread.
 
 Two kinds of code run a layer apart from the step that opened the scope, and `backend.in_scopes` covers both. Recomputation runs
-the forward pass again in the backward pass, where the scope may be closed. `backend.scopes_of_recomputation` finds the scopes of
-the forward pass. And JAX reuses the trace of a function. It does so only in the scopes in which the trace was made.
+the forward pass again in the backward pass, where the scope may be closed: `backend.scopes_of_recomputation` finds its scopes.
+And JAX reuses the trace of a function, but only in the scopes in which the trace was made.
 """
 
 import contextlib
