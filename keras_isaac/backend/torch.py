@@ -162,6 +162,8 @@ def eager_projection(rows: torch.Tensor, factor: torch.Tensor, damping: Number, 
 
     On a CPU, where numbers can be read: one product with the damping folded into it, a Cholesky factor and its inverse.
     """
+    # The curvature is a constant of the step.
+    rows = rows.detach()
     if not is_in_numbers(rows) or _rounds_products() or not rows.shape[0]:
         return None
     num_rows, num_in = rows.shape

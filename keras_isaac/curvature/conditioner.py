@@ -66,7 +66,6 @@ def sample_side(rows: Any, output_gradient: Any, damping: Any, is_relative: bool
 
 def _projected(rows: Any, factor: Any, damping: Any, is_relative: bool) -> Any:
     """Returns P times a factor `[..., rows, columns]`."""
-    rows = stop_gradient(rows)
     projected = eager_projection(rows, factor, damping, is_relative)
     return damped_projection(*_sample_gram(rows, damping, is_relative), factor) if projected is None else projected
 
