@@ -17,11 +17,7 @@ from keras_isaac.step_check import not_captured_error, nothing_to_condition, reu
 
 
 class CapturedModel:
-    """The `keras_hooks.Owner` of a model's training step, which knows the layers that the model chooses.
-
-    There is one for every model that was captured, and for models that are not captured but compiled with `ISAAC`: it raises
-    before such a model trains.
-    """
+    """The `keras_hooks.Owner` of the training step of a captured model, which knows the layers that the model chooses."""
 
     def __init__(self, model: keras.Model) -> None:
         # The model holds its owner.
@@ -34,8 +30,8 @@ class CapturedModel:
         self._choices: dict[int, bool] = {}
         # Layers that are not built yet.
         self._waiting: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
-        keras_hooks.wrap_step(model, self)
         self._has_own_step = keras_hooks.has_own_step(model)
+        keras_hooks.wrap_step(model, self)
 
     def select(self, include: tuple[Rule, ...] | None, exclude: tuple[Rule, ...] | None) -> None:
         """Chooses layers by these rules, and by no earlier ones."""
@@ -98,7 +94,13 @@ class CapturedModel:
     def step(self, optimizer_values: list | None) -> Iterator[None]:
         """Opens the scope of every `ISAAC` of the model for one training step."""
         model = self._model()
-        isaacs = isaacs_in(model.optimizer) if self.is_captured else []
+        isaacs = isaacs_in(model.optimizer)
+        if not self.is_captured:
+            # Released by a callback of this `fit`, which goes on with plain gradients.
+            for isaac in isaacs:
+                isaac.step_check.note_use()
+            yield
+            return
         if isaacs and not model.optimizer.built and has_several(model.optimizer) and is_built(model):
             # TensorFlow builds it at the end of the first step, but which optimizer trains a kernel is known once it is built.
             model.optimizer.build(model.trainable_variables)
@@ -117,13 +119,11 @@ class CapturedModel:
             self._find_layers()
             if is_built(model):
                 check_matches(model, self._include, self._exclude)
+        if not self.is_captured:
+            check_is_captured(model, self._has_own_step)
+            return
         isaacs = isaacs_in(model.optimizer)
         if not isaacs:
-            return
-        if not self.is_captured:
-            # A `train_step` of the model's own may open a scope for layers that were captured otherwise.
-            if not (self._has_own_step and any(is_chosen(layer) for layer, _ in walk(model))):
-                raise not_captured_error(model)
             return
         if not self._has_own_step and not has_several(model.optimizer):
             self._check_variables(model, isaacs[0].step_check.trained)
@@ -160,6 +160,17 @@ class CapturedModel:
                 isaac.captured = True if layers == chosen else frozenset(_path_in(model, layer) for layer in chosen)
 
 
+def check_is_captured(model: keras.Model, has_own_step: bool) -> None:
+    """Raises if a model that is not captured would train with `ISAAC`."""
+    # A `train_step` of the model's own may open a scope for layers that were captured otherwise.
+    if isaacs_in(model.optimizer) and not (has_own_step and any(is_chosen(layer) for layer, _ in walk(model))):
+        raise not_captured_error(model)
+
+
+# Before Keras takes the weights out of the model, as it does on JAX.
+keras_hooks.check_before_training(lambda model: check_is_captured(model, keras_hooks.has_own_step(model)))
+
+
 def is_built(model: keras.Model) -> bool:
     """Returns whether all layers of a model are built."""
     return all(layer.built for layer, _ in walk(model))
@@ -170,18 +181,15 @@ def captured_model(model: keras.Model) -> CapturedModel:
     return keras_hooks.owner_of(model) or CapturedModel(model)
 
 
-def after_optimizer_is_built(isaac: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> None:
-    """Captures the model of a copied `ISAAC` as the original was, and watches one that is not captured."""
-    # Searching takes long in large processes. Where no weights are at stake, the check in the step is enough.
-    if isaac.captured is None and not backend.IS_STATELESS:
-        return
-    for model in keras_hooks.models_of(isaac, variables):
+def capture_copy(isaac: keras.optimizers.Optimizer) -> None:
+    """Captures the model of a copied `ISAAC` as the original was."""
+    captured = isaac.captured
+    # Searching takes long in large processes.
+    for model in [] if captured is None else keras_hooks.models_of(isaac):
         if keras_hooks.owner_of(model) is None:
-            owner, captured = CapturedModel(model), isaac.captured
-            if captured is not None and isaac in isaacs_in(getattr(model, "optimizer", None)):
-                layers = [layer for layer, _ in walk(model) if captured is True or _path_in(model, layer) in captured]
-                if layers:
-                    owner.select(None if captured is True else tuple(layers), None)
+            layers = [layer for layer, _ in walk(model) if captured is True or _path_in(model, layer) in captured]
+            if layers:
+                CapturedModel(model).select(None if captured is True else tuple(layers), None)
 
 
 def _path_in(model: keras.Model, layer: keras.Layer) -> str | None:

@@ -6,6 +6,7 @@ Each line states one assumption about Keras and names the test in `tests/test_ho
 - In the NNX mode of JAX, they run its `compute_loss_and_updates`: `test_nnx_mode`, of `test_setups.py`.
 - They call `make_train_function`, which keeps a step unless forced: `test_training_makes_its_step_once`.
 - On JAX, they call it before they take the weights out of the model: `test_a_failed_check_leaves_the_weights_in_the_model`.
+- It is the one of `keras.Model`: `test_a_check_runs_before_any_model_makes_its_step`.
 - A model without a step is given a new one: `test_a_model_without_a_step_makes_one`.
 - A step on JAX is given the optimizer's variables third: `test_a_jax_step_is_given_the_optimizer_variables_third`.
 - A layer runs the `call` of the instance: `test_a_layer_runs_the_call_of_the_instance`.
@@ -63,10 +64,22 @@ class Owner(Protocol):
         """Called before the compile configuration of the model is read, to save or copy it."""
 
 
+def check_before_training(check: Callable[[keras.Model], None]) -> None:
+    """Calls `check(model)` before any model that has no owner makes its training step."""
+    plain_make = keras.Model.make_train_function
+
+    @functools.wraps(plain_make)
+    def make_train_function(model: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        if owner_of(model) is None:
+            check(model)
+        return plain_make(model, *args, **kwargs)
+
+    keras.Model.make_train_function = make_train_function
+
+
 def wrap_step(model: keras.Model, owner: Owner) -> None:
     """Runs every training step of this model inside `owner.step`, from the next one on."""
     plain_step, plain_make, plain_config = getattr(model, _STEP), model.make_train_function, model.get_compile_config
-    has_own_step = "train_step" in vars(model) or type(model).train_step is not keras.Model.train_step
 
     def renew() -> None:
         # JAX remembers what it compiled by the function, so that a new step needs a new one.
@@ -102,7 +115,6 @@ def wrap_step(model: keras.Model, owner: Owner) -> None:
 
     renew()
     make_train_function.owner, make_train_function.recompile = owner, recompile  # type: ignore[attr-defined]
-    make_train_function.has_own_step = has_own_step  # type: ignore[attr-defined]
     model.make_train_function = make_train_function
     model.get_compile_config = get_compile_config
 
@@ -113,8 +125,8 @@ def owner_of(model: keras.Layer) -> Any:
 
 
 def has_own_step(model: keras.Model) -> bool:
-    """Returns whether a model that has an owner trains by a `train_step` that is not Keras'."""
-    return model.make_train_function.has_own_step
+    """Returns whether a model that has no owner yet trains by a `train_step` that is not Keras'."""
+    return "train_step" in vars(model) or type(model).train_step is not keras.Model.train_step
 
 
 def recompile_step(model: keras.Model) -> None:
@@ -127,16 +139,13 @@ def _optimizer_values(args: tuple, kwargs: dict) -> list:
     return kwargs["optimizer_variables"] if _IS_NNX else (args[0] if args else kwargs["state"])[2]
 
 
-def models_of(optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]) -> list[keras.Model]:
-    """Returns the living models that are compiled with this optimizer, or that hold the first of these variables.
+def models_of(optimizer: keras.optimizers.Optimizer) -> list[keras.Model]:
+    """Returns the living models that are compiled with this optimizer.
 
     Keras keeps no list of models, so this looks through all objects of the process.
     """
     return [
-        model
-        for model in living_models()
-        if any(each is optimizer for each in isaacs_in(getattr(model, "optimizer", None)))
-        or any(variable is variables[0] for variable in model.variables)
+        model for model in living_models() if any(each is optimizer for each in isaacs_in(getattr(model, "optimizer", None)))
     ]
 
 

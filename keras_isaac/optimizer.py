@@ -19,7 +19,7 @@ from keras_isaac.arguments import (
     public_config,
 )
 from keras_isaac.captured_layer import is_chosen
-from keras_isaac.captured_model import after_optimizer_is_built
+from keras_isaac.captured_model import capture_copy
 from keras_isaac.optimizer_wrapper import OptimizerWrapper
 from keras_isaac.step_check import StepCheck
 
@@ -222,7 +222,7 @@ class ISAAC(OptimizerWrapper):
         self.inner_optimizer.build(variables)
         super().build(variables)
         self.step_check.trained = {id(variable): variable for variable in variables}
-        after_optimizer_is_built(self, variables)
+        capture_copy(self)
 
     def apply(self, grads: Sequence, trainable_variables: Sequence | None = None) -> None:
         """Applies conditioned gradients by the inner optimizer.

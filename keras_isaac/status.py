@@ -69,6 +69,9 @@ def kernel_status(model: keras.Layer) -> list[KernelStatus]:
     Returns:
         List of `KernelStatus(path, layer, reason, ...)`, in the order of the layers.
 
+    Raises:
+        TypeError: if `model` is no model or layer.
+
     Example:
     >>> import keras
     >>> from keras_isaac import capture_inputs, kernel_status
@@ -76,6 +79,11 @@ def kernel_status(model: keras.Layer) -> list[KernelStatus]:
     >>> [status.reason for status in kernel_status(capture_inputs(model))]
     [None, 'frozen']
     """
+    if not isinstance(model, keras.Layer):
+        raise TypeError(
+            "`kernel_status` takes a `keras.Model` or a `keras.Layer`. "
+            f"Received: model={model!r} (of type {type(model).__name__})"
+        )
     return list(statuses_of(model).values())
 
 

@@ -4,7 +4,7 @@ import pickle
 import keras
 import numpy as np
 import pytest
-from harness import paper_isaac, to_numpy
+from harness import BACKEND, paper_isaac, to_numpy
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
 from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
 
@@ -80,6 +80,35 @@ def test_releasing_holds_from_the_next_step():
     release_inputs(model)
     with pytest.raises(ValueError, match=r"Write `model = capture_inputs\(model\)`"):
         fit(model, regression())
+
+
+EVENTS = ["on_train_begin", "on_epoch_begin", "on_train_batch_begin", "on_train_batch_end", "on_epoch_end"]
+
+
+@pytest.mark.often("on_train_begin", "on_train_batch_end")
+@pytest.mark.parametrize("event", EVENTS)
+def test_releasing_in_a_callback_trains_with_plain_gradients_from_then_on(event):
+    """A damping of 1e8, which is set in its place in the reference, gives the plain gradient too."""
+
+    def set_damping(model):
+        if BACKEND == "jax":
+            # During `fit`, the variables do not hold the current state.
+            model.jax_state_sync()
+        model.optimizer.damping = 1e8
+
+    def run(change):
+        model = capture_inputs(mlp())
+        model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+        change_once = keras.callbacks.LambdaCallback(**{event: lambda *args, **kwargs: change(model)})
+        fit(model, regression(), epochs=3, callbacks=[change_once])
+        return model
+
+    released = run(release_inputs)
+    assert_close(weights(released), weights(run(set_damping)), 1e-4)
+    before = weights(released)
+    with pytest.raises(ValueError, match=r"Write `model = capture_inputs\(model\)`"):
+        fit(released, regression())
+    assert_close(weights(released), before, 0)
 
 
 def test_a_released_class_makes_plain_models():

@@ -235,18 +235,26 @@ def test_a_failed_check_leaves_the_weights_in_the_model(how):
     assert_close(weights(model), before, 0)
 
 
-def test_the_models_of_an_optimizer_are_those_that_it_trains():
+def test_the_models_of_an_optimizer_are_those_that_are_compiled_with_it():
     model, other = mlp(), mlp()
     isaac = ISAAC()
     model.compile(optimizer=keras.optimizers.LossScaleOptimizer(isaac), loss="mse")
     other.compile(optimizer=ISAAC(), loss="mse")
-    holder = keras.Sequential([model])
+    assert keras_hooks.models_of(isaac) == [model]
+    assert keras_hooks.models_of(ISAAC()) == []
 
-    def found(isaac, variables):
-        # Keras makes a functional model inside a `Sequential`.
-        models = keras_hooks.models_of(isaac, variables)
-        return {name for name, each in {"model": model, "other": other, "holder": holder}.items() if each in models}
 
-    assert found(isaac, [keras.Variable(0.0)]) == {"model"}
-    assert found(ISAAC(), model.trainable_variables) == {"model", "holder"}
-    assert found(ISAAC(), [keras.Variable(0.0)]) == set()
+@pytest.mark.parametrize("kind", ["Sequential", "functional", "subclass"])
+@pytest.mark.parametrize("how", ["fit", "train_on_batch"])
+def test_a_check_runs_before_any_model_makes_its_step(how, kind, monkeypatch):
+    # Undone after the test.
+    monkeypatch.setattr(keras.Model, "make_train_function", keras.Model.make_train_function)
+    checked = []
+    keras_hooks.check_before_training(checked.append)
+    model = mlp()
+    if kind != "Sequential":
+        model_class = keras.Model if kind == "functional" else type("Mine", (keras.Model,), {})
+        model = model_class(model.inputs[0], model.outputs[0])
+    model.compile(optimizer="sgd", loss="mse")
+    train(model, how)
+    assert checked == [model]
