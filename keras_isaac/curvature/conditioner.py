@@ -143,7 +143,8 @@ def _woodbury(gradient: Any, rows: Any, damping: Any, num_sampled: Any, num_vali
     total = trace_of_gram(rows, gram)
     damping = summed_damping(total, damping, rows, num_sampled, num_valid, is_relative)
     whitened = damped_inverse_root(gram, total, damping, rows)
-    return gradient - matmul(transpose(whitened), matmul(whitened, gradient))
+    # The smaller factor is negated, and so it is in the transpose of this linear map.
+    return gradient + matmul(transpose(whitened), -matmul(whitened, gradient))
 
 
 def _feature_side(gradient: Any, rows: Any, damping: Any, num_sampled: Any, num_valid: Any, is_relative: bool) -> Any:
