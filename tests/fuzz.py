@@ -24,10 +24,11 @@ import ml_dtypes
 import numpy as np
 from harness import BACKEND, paper_isaac, run, to_numpy
 from keras import layers
+from readings import dense
 
 from keras_isaac import capture_inputs
 
-TABLE = {case.id: case for case in cases.CASES if case.id != "dense-blocked-inverse"}
+TABLE = {case.id: case for case in cases.PRODUCTS if case.id != "dense-blocked-inverse"}
 # (Significant bits, smallest normal number) of what a layer computes in.
 PRECISION = {
     "float16": (2.0**-10, 2.0**-14),
@@ -193,7 +194,7 @@ def _layer(drawn):
     random = np.random.default_rng((*drawn.seed, 1))
     if drawn.subject == "dense":
         shape = (1, *drawn.widths[1:3], drawn.widths[0])
-        case = cases.Case("dense", lambda: layers.Dense(drawn.widths[-1]), shape, cases.dense)
+        case = cases.Case("dense", lambda: layers.Dense(drawn.widths[-1]), shape, dense)
     else:
         case = TABLE[drawn.subject]
     batch = 0 if drawn.data == "empty" else drawn.batch
@@ -215,11 +216,11 @@ def _layer(drawn):
 
     epsilon, smallest = drawn.precision
     pairs = [("outputs", captured.outputs, plain.outputs), ("input gradient", captured.input_gradient, plain.input_gradient)]
-    names = {id(getattr(layer, name)): name for name in case.read(layer, np.zeros(case.input_shape, "int32"))}
+    kernels = case.read(layer, np.zeros(case.input_shape, "int32")).keys()
     for variable, ours, theirs in zip(layer.trainable_variables, captured.gradients, plain.gradients, strict=True):
-        name = names.get(id(variable))
-        if name is None:
-            pairs.append((f"gradient of {variable.name}", ours, theirs))
+        name = variable.name
+        if id(variable) not in kernels:
+            pairs.append((f"gradient of {name}", ours, theirs))
             continue
         if ours.shape != theirs.shape:
             yield f"gradient of {name} has shape {ours.shape}, not {theirs.shape}"
@@ -249,7 +250,7 @@ def _layer(drawn):
         if name == "lora_kernel_b" and drawn.weight_sharing == "reduce" and drawn.subject.startswith("einsum"):
             # A sample has a row for each of the first factor's outputs; only its positions are reduced.
             continue
-        rows, matrix_of = case.read(layer, seen)[name]
+        rows, matrix_of = case.read(layer, seen)[id(variable)]
         # LoRA's factors are float32 in a float64 layer.
         precision = max(drawn.precision, PRECISION[variable.dtype])
         length, norm = (np.linalg.norm(gradient.astype("float64")) for gradient in (ours, theirs))
@@ -272,7 +273,7 @@ def _kernel_laws(drawn, case, is_table, rows, matrix_of, precision, ours, theirs
     """The laws of a conditioned gradient, one group of the kernel after another."""
     epsilon, smallest = precision
     places = matrix_of(np.arange(theirs.size).reshape(theirs.shape))
-    is_product = case.read is cases.dense or case.id in ("einsum-attention-output", "einsum-groups")
+    is_product = case.read is dense or case.id in ("einsum-attention-output", "einsum-groups")
     # Tokens have no axis of features.
     unshared = is_table or len(case.input_shape) == (2 if case.vocabulary is None else 1)
     is_reduced = drawn.weight_sharing == "reduce" and not unshared

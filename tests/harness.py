@@ -40,6 +40,12 @@ def paper_isaac(*args, **options):
     return ISAAC(*args, **{"relative_damping": False, "max_rows": 1024, **options})
 
 
+def normal(*shapes, seed=0):
+    """Float32 arrays of normally distributed numbers."""
+    random = np.random.default_rng(seed)
+    return [random.normal(size=shape).astype("float32") for shape in shapes]
+
+
 def to_numpy(tensor):
     """Float64 NumPy array of a tensor or variable; sparse gradients dense."""
     return np.asarray(keras.ops.convert_to_numpy(tensor)).astype("float64")

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from cases import OFTEN, data, each_case, expected_gradient
+from cases import CALLED, CASES, OFTEN, PRODUCTS, assert_conditioned, data, each_case
 from harness import BACKEND, each_mode, paper_isaac, run, step_of, to_numpy
 from oracle import relative_error
 
@@ -15,12 +15,6 @@ each_table = pytest.mark.parametrize(
 )
 
 
-def is_kernel(case, layer, inputs):
-    """For each trainable variable, the attribute name by which the case conditions it, or `None`."""
-    names = {id(getattr(layer, name)): name for name in case.read(layer, inputs)}
-    return [names.get(id(variable)) for variable in layer.trainable_variables]
-
-
 @each_case()
 @pytest.mark.often(*OFTEN)
 def test_output_outside_a_training_step_is_the_plain_layers(case):
@@ -30,17 +24,16 @@ def test_output_outside_a_training_step_is_the_plain_layers(case):
     np.testing.assert_array_equal(captured, plain)
 
 
-@each_case()
+@each_case([*CASES, *CALLED])
 @each_mode
-@pytest.mark.often("compiled-*", *(f"eager-{name}" for name in OFTEN))
+@pytest.mark.often("compiled-*", *(f"eager-{name}" for name in OFTEN if name != "steps-conv2d-groups"))
 def test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(case, compiled):
     layer, inputs, cotangent = data(case)
     plain = run(layer, inputs, cotangent, compiled=compiled)
+    reading = case.read(layer, inputs)
     capture_inputs(layer)
     for captured, expected in zip(run(layer, inputs, cotangent, compiled=compiled).gradients, plain.gradients, strict=True):
         np.testing.assert_array_equal(captured, expected)
-    reading, names = case.read(layer, inputs), is_kernel(case, layer, inputs)
-    assert set(names) - {None} == set(reading)
     optimizer = paper_isaac()
     step = step_of(layer, inputs, cotangent, optimizer, compiled)
     for damping in (1e-4, 0.1, 1.0, 30.0):
@@ -49,13 +42,7 @@ def test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(
         assert relative_error(conditioned.outputs, plain.outputs) < 1e-6
         if plain.input_gradient is not None:
             assert relative_error(conditioned.input_gradient, plain.input_gradient) < 1e-6
-        for name, actual, theirs in zip(names, conditioned.gradients, plain.gradients, strict=True):
-            expected = theirs if name is None else expected_gradient(*reading[name], theirs, damping)
-            # Where conditioning shortens the gradient, what float32 lost of the longer one is part of the shorter.
-            shortening = np.linalg.norm(theirs) / np.linalg.norm(expected)
-            assert relative_error(actual, expected) < 2e-5 + 2.0**-18 * shortening
-            if name is not None and damping == 0.1:
-                assert relative_error(actual, theirs) > 1e-2
+        assert_conditioned(layer, reading, conditioned.gradients, plain.gradients, damping)
 
 
 @each_case()
@@ -68,8 +55,7 @@ def test_huge_damping_gives_the_plain_gradient_and_any_a_direction_of_increase(c
     step = step_of(layer, inputs, cotangent, optimizer)
     for damping in (1e-6, 1e-2, 1.0, 1e2, 1e8):
         optimizer.damping = damping
-        conditioned = step()
-        for actual, theirs in zip(conditioned.gradients, plain.gradients, strict=True):
+        for actual, theirs in zip(step().gradients, plain.gradients, strict=True):
             assert np.sum(actual * theirs) > 0
             if damping == 1e8:
                 assert relative_error(actual, theirs) < 1e-6
@@ -106,7 +92,7 @@ def _updated_weights(case, compiled):
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="JAX traces functions without variables")
-@each_case()
+@each_case(PRODUCTS)
 @pytest.mark.parametrize("num_traces", [5, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.often(*(f"5-{name}" for name in OFTEN), "5-*lora*")
 def test_every_trace_of_a_step_gives_the_result_of_the_eager_step(case, num_traces):

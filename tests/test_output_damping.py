@@ -1,13 +1,14 @@
 """The two-parameter method: `output_damping` in each layer that is a product, against its float64 formula."""
 
-import cases
 import keras
 import numpy as np
 import oracle
 import pytest
+from cases import expected_gradient
 from harness import each_mode, paper_isaac, run
 from keras import layers
 from oracle import relative_error
+from readings import dense, einsum
 from test_rows import sums
 
 from keras_isaac import ISAAC, capture_inputs
@@ -17,7 +18,7 @@ DAMPING, OUTPUT_DAMPING = 0.3, 40.0
 
 def expected(rows, matrix_of, plain, output_gradients):
     """ζ = λ (λI + XᵀX/r)⁻¹ ∇ μ (μI + rGᵀG)⁻¹ for each group of the rows X and the output's gradients G."""
-    plain = cases.expected_gradient(rows, matrix_of, plain, DAMPING)
+    plain = expected_gradient(rows, matrix_of, plain, DAMPING)
     places = matrix_of(np.arange(plain.size).reshape(plain.shape))
     result = np.zeros(plain.size)
     for group, group_places in zip(output_gradients, places, strict=True):
@@ -32,15 +33,15 @@ def one_group(gradient):
 
 
 CASES = {
-    "dense-fewer-rows": (lambda: layers.Dense(5), (4, 7), cases.dense, one_group),
-    "dense-more-rows": (lambda: layers.Dense(5), (11, 7), cases.dense, one_group),
-    "dense-wide-output": (lambda: layers.Dense(19), (11, 7), cases.dense, one_group),
-    "dense-sequence": (lambda: layers.Dense(5), (2, 3, 9), cases.dense, one_group),
-    "dense-tanh": (lambda: layers.Dense(5, activation="tanh"), (4, 7), cases.dense, one_group),
+    "dense-fewer-rows": (lambda: layers.Dense(5), (4, 7), dense, one_group),
+    "dense-more-rows": (lambda: layers.Dense(5), (11, 7), dense, one_group),
+    "dense-wide-output": (lambda: layers.Dense(19), (11, 7), dense, one_group),
+    "dense-sequence": (lambda: layers.Dense(5), (2, 3, 9), dense, one_group),
+    "dense-tanh": (lambda: layers.Dense(5, activation="tanh"), (4, 7), dense, one_group),
     "einsum-groups": (
         lambda: layers.EinsumDense("abc,bcd->abd", (3, 4)),
         (6, 3, 5),
-        cases.einsum((1,), (0,), (2,), (0,), (1,), (2,)),
+        einsum((1,), (0,), (2,), (0,), (1,), (2,)),
         lambda gradient: gradient.transpose(1, 0, 2),
     ),
 }
@@ -64,7 +65,7 @@ def test_conditions_both_sides(case, compiled):
     gradient = cotangent * (1 - plain.outputs**2) if layer.activation is keras.activations.tanh else cotangent
     optimizer = paper_isaac(damping=DAMPING, output_damping=OUTPUT_DAMPING)
     conditioned = run(capture_inputs(layer), inputs, cotangent, optimizer, compiled)
-    rows, matrix_of = read(layer, inputs)["kernel"]
+    rows, matrix_of = read(layer, inputs)[id(layer.kernel)]
     formula = expected(rows, matrix_of, plain.gradients[0], rows_of(gradient.astype("float64")))
     assert relative_error(conditioned.gradients[0], formula) < 2e-5
     assert relative_error(conditioned.outputs, plain.outputs) < 1e-6

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_layers as laws
-from cases import Case, dense
+from cases import Case
 from harness import IS_COMPILED
+from readings import dense
 
 from keras_isaac import ISAAC
 

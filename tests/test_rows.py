@@ -6,10 +6,10 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from cases import patches as numpy_patches
 from harness import BACKEND, IS_COMPILED, conditioning, each_mode, jit, paper_isaac, run, to_numpy
 from keras import layers, ops
 from oracle import relative_error
+from readings import patches as numpy_patches
 
 from keras_isaac import capture_inputs
 from keras_isaac.curvature import plan

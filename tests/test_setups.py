@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from cases import CASES, data, expected_gradient
+from cases import CASES, data, each_case, expected_gradient
 from harness import BACKEND, jit, paper_isaac, run, to_numpy
 from keras import layers, ops
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
@@ -124,7 +124,7 @@ KINDS = ("dense-sequence", "einsum-groups", "conv2d-groups", "reversible-embeddi
 @pytest.mark.often("conv2d-groups-float64", "einsum-groups-mixed_float16", "reversible-embedding-mixed_float16")
 @pytest.mark.usefixtures("_policy_restored", "_float64")
 @pytest.mark.parametrize("policy", ["mixed_float16", "float64"])
-@pytest.mark.parametrize("case", [case for case in CASES if case.id in KINDS], ids=lambda case: case.id)
+@each_case([case for case in CASES if case.id in KINDS])
 def test_every_kind_of_layer_in_every_precision(case, policy):
     keras.config.set_dtype_policy(policy)
     layer, inputs, cotangent = data(case)
@@ -135,7 +135,7 @@ def test_every_kind_of_layer_in_every_precision(case, policy):
     # Keras' own layers round float64 to float32 here and there, on JAX and PyTorch.
     tolerance = 1e-6 if policy == "float64" else 2 * TOLERANCES[policy]
     assert relative_error(actual.outputs, plain.outputs) < tolerance
-    reading = {id(getattr(layer, name)): value for name, value in case.read(layer, inputs).items()}
+    reading = case.read(layer, inputs)
     for variable, ours, theirs in zip(layer.trainable_variables, actual.gradients, plain.gradients, strict=True):
         expected = theirs
         if id(variable) in reading:
