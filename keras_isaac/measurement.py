@@ -16,89 +16,73 @@ from keras_isaac.captured_layer import choice_of
 from keras_isaac.curvature import plan
 from keras_isaac.curvature.conditioner import in_full_precision, summed_damping
 from keras_isaac.curvature.record import KernelCall
-from keras_isaac.layers.products import is_sparse
 from keras_isaac.optimizer_wrapper import isaacs_in
-from keras_isaac.summary import run_on_shapes
 
 _TINY = 1e-37
 
 
 def build_measure(model: keras.Model, data: tuple) -> Callable[[], dict[str, np.ndarray]]:
     """Returns a function that measures, and returns the five numbers of every conditioned kernel by the kernel's path."""
-    optimizers = isaacs_in(model.optimizer)
-    if not optimizers:
+    isaacs, optimizer = isaacs_in(model.optimizer), model.optimizer
+    if not isaacs:
         raise ValueError(
             "Compile the model with `keras_isaac.ISAAC`: `CurvatureMonitor` measures what it does. "
-            f"Received: optimizer={model.optimizer}"
+            f"Received: optimizer={optimizer}"
         )
     data = keras.tree.map_structure(ops.convert_to_tensor, data)
-    _build_model(model, data)
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-
-    calls: list[keras.Variable] = []
-
-    def forward(data: tuple, is_open: bool) -> tuple[Any, list]:
-        """Returns the loss, with or without conditioning, and the spectrum of each call, in the order of `calls`."""
-        calls.clear()
-        spectra = []
-
-        def record(conditioning: scope.Conditioning, kernel: keras.Variable, call: KernelCall) -> None:
-            if call.reason is None:
-                calls.append(kernel)
-                spectra.append(spectrum(conditioning, call))
-
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        with contextlib.ExitStack() as stack:
-            for optimizer in optimizers if is_open else ():
-                conditioning = optimizer.conditioning_of_step(outer_optimizer=model.optimizer, chooses=choice_of(model))
-                recording = functools.partial(record, conditioning)
-                stack.enter_context(scope.open_scope(dataclasses.replace(conditioning, on_use=lambda: None, record=recording)))
-            outputs = model(x, training=True)
-            loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=True)
-        return model.optimizer.scale_loss(loss), spectra
-
-    # A trace of shapes, to learn the order of the calls.
-    run_on_shapes(lambda data: forward(data, is_open=True)[0], keras.tree.map_structure(_spec, data))
-    if not calls:
-        raise ValueError(
-            f"Write `model = keras_isaac.capture_inputs(model)`: no kernel of '{model.name}' is conditioned. "
-            "`keras_isaac.summary(model)` says why a kernel is plain."
-        )
-    places: dict[int, list[int]] = {}
-    for place, kernel in enumerate(calls):
-        places.setdefault(id(kernel), []).append(place)
-    kernels = list({id(kernel): kernel for kernel in calls}.values())
-    variables = list({id(variable): variable for variable in (*model.variables, *model.optimizer.variables)}.values())
+    if not model.built and type(model).call is not keras.Model.call:
+        # A model without a `call` has a custom `train_step` and consists of models that are built.
+        model(keras.utils.unpack_x_y_sample_weight(data)[0])
+    if not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    kernels = model.trainable_variables
+    variables = list({id(variable): variable for variable in (*model.variables, *optimizer.variables)}.values())
+    paths: list[str] = []
 
     def measure(data: tuple, values: Sequence[Any]) -> Any:
-        def loss_of(is_open: bool, tensors: Sequence[Any]) -> tuple[Any, list]:
-            # Assignments of the forward pass are dropped, so that both passes have the same dropout masks.
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+
+        def loss_of(is_open: bool, tensors: Sequence[Any]) -> tuple[Any, dict[int, list]]:
+            """Returns the loss, with or without conditioning, and the spectra of each kernel's calls, by its id."""
+            spectra: dict[int, list] = {}
+
+            def record(conditioning: scope.Conditioning, kernel: keras.Variable, call: KernelCall) -> None:
+                if call.reason is None:
+                    spectra.setdefault(id(kernel), []).append(spectrum(conditioning, call))
+
             state = [*zip(variables, values, strict=True), *zip(kernels, tensors, strict=True)]
-            with keras.StatelessScope(state, collect_losses=True):
-                return forward(data, is_open)
+            with contextlib.ExitStack() as stack:
+                # Assignments of the forward pass are dropped, so that both passes have the same dropout masks.
+                stack.enter_context(keras.StatelessScope(state, collect_losses=True))
+                for isaac in isaacs if is_open else ():
+                    conditioning = isaac.conditioning_of_step(outer_optimizer=optimizer, chooses=choice_of(model))
+                    recording = functools.partial(record, conditioning)
+                    conditioning = dataclasses.replace(conditioning, on_use=lambda: None, record=recording)
+                    stack.enter_context(scope.open_scope(conditioning))
+                outputs = model(x, training=True)
+                loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=True)
+                return optimizer.scale_loss(loss), spectra
 
         known = dict(zip(map(id, variables), values, strict=True))
         tensors = [known[id(kernel)] for kernel in kernels]
         spectra, conditioned = backend.gradients_of(functools.partial(loss_of, True), tensors)
         _, plain = backend.gradients_of(functools.partial(loss_of, False), tensors)
-        gradients = zip(kernels, conditioned, plain, strict=True)
-        return ops.stack([_numbers([spectra[place] for place in places[id(kernel)]], *pair) for kernel, *pair in gradients])
+        gradients = [each for each in zip(kernels, conditioned, plain, strict=True) if id(each[0]) in spectra]
+        if not gradients:
+            raise ValueError(
+                f"Write `model = keras_isaac.capture_inputs(model)`: no kernel of '{model.name}' is conditioned. "
+                "`keras_isaac.summary(model)` says why a kernel is plain."
+            )
+        paths[:] = [kernel.path for kernel, *_ in gradients]
+        return ops.stack([_numbers(spectra[id(kernel)], *pair) for kernel, *pair in gradients])
 
     run = backend.compiled(measure, variables)
-    paths = [kernel.path for kernel in kernels]
-    return lambda: dict(zip(paths, ops.convert_to_numpy(run(data)), strict=True))
 
+    def measured() -> dict[str, np.ndarray]:
+        numbers = ops.convert_to_numpy(run(data))
+        return dict(zip(paths, numbers, strict=True))
 
-def _build_model(model: keras.Model, data: tuple) -> None:
-    """Builds a model that Keras would build in its first training step."""
-    if not model.built and type(model).call is not keras.Model.call:
-        # A model without a `call` has a custom `train_step` and consists of models that are built.
-        model(keras.utils.unpack_x_y_sample_weight(data)[0])
-
-
-def _spec(tensor: Any) -> keras.KerasTensor:
-    return keras.KerasTensor(tensor.shape, keras.backend.standardize_dtype(tensor.dtype), sparse=is_sparse(tensor))
+    return measured
 
 
 def spectrum(conditioning: scope.Conditioning, call: KernelCall) -> tuple[Any, Any, Any]:
