@@ -2,8 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import keras
 
@@ -31,7 +30,7 @@ class KernelStatus(NamedTuple):
         rows: integer, how many input rows each of them multiplies in a call.
         num_in: integer, the features of a row.
         num_out: integer, the features of the product.
-        side: string, the form in which it is conditioned: `"sample"`, by an inverse `[rows, rows]`; `"Woodbury"`, by one of
+        form: string, the form in which it is conditioned: `"sample"`, by an inverse `[rows, rows]`; `"Woodbury"`, by one of
             `[num_sampled, num_sampled]`; `"feature"`, by one of `[num_in, num_in]`; `"diagonal"`, by a number for each token.
         num_sampled: integer, how many rows of a call are used.
         multiplications: integer, those of a plain training step: forward and, if it trains, two backward products.
@@ -49,7 +48,7 @@ class KernelStatus(NamedTuple):
     rows: int | None = None
     num_in: int | None = None
     num_out: int | None = None
-    side: str | None = None
+    form: str | None = None
     num_sampled: int | None = None
     multiplications: int | None = None
     added: int | None = None
@@ -89,46 +88,49 @@ def kernel_status(model: keras.Layer) -> list[KernelStatus]:
 
 def statuses_of(model: keras.Layer) -> dict[int, KernelStatus]:
     """Returns the status of every kernel by the variable's id, in the order of the weights."""
+    # By the variable's id: the variable, the innermost layer that holds it, and those that multiply their inputs by it.
+    variables: dict[int, keras.Variable] = {}
+    holders: dict[int, keras.Layer] = {}
+    readers: dict[int, list[keras.Layer]] = {}
+    for layer, containers in walk(model):
+        for variable in layer.variables:
+            variables.setdefault(id(variable), variable)
+        inner = {id(variable) for below, _ in walk(layer) if below is not layer for variable in below.variables}
+        holders.update({id(variable): layer for variable in layer.variables if id(variable) not in inner})
+        for kernel in kernels_of(layer) if adapter_of(layer) and layer.built else ():
+            others = [other for other in readers.get(id(kernel), ()) if other not in containers]
+            readers[id(kernel)] = [*others, layer]
     optimizer = getattr(model, "optimizer", None)
     # One optimizer alone trains all that is trainable.
-    training = [isaac.conditioning_of_step().trains for isaac in isaacs_in(optimizer)] if has_several(optimizer) else []
+    training = [isaac.conditioning_of_step().trains for isaac in isaacs_in(optimizer)] if has_several(optimizer) else None
     chooses = choice_of(model)
-    statuses: dict[int, KernelStatus] = {}
-    readers: dict[int, keras.Layer] = {}
-    for layer, _ in walk(model):
-        # The layer around a cell reads the cell's kernels. A layer comes after those that contain it.
-        if adapter_of(layer) and layer.built:
-            readers.update({id(kernel): layer for kernel in kernels_of(layer)})
-    for layer, _ in walk(model):
-        inner = {id(variable) for below, _ in walk(layer) if below is not layer for variable in below.variables}
-        for variable in layer.variables:
-            is_own, is_read = readers.get(id(variable)) is layer, id(variable) in readers
-            # An attention layer's biases have two axes.
-            is_kernel = is_read or (len(variable.shape) >= 2 and variable.name != "bias")
-            if is_own or (id(variable) not in inner and is_kernel):
-                reader = layer if adapter_of(layer) else readers.get(id(variable), layer)
-                adapter = adapter_of(reader)
-                reason = _reason(reader, adapter, variable, is_read, chooses, training)
-                note = adapter.notes(reader).get(id(variable)) if reason is None and hasattr(adapter, "notes") else None
-                size = math.prod(variable.shape)
-                status = KernelStatus(variable.path, type(reader).__name__, reason, size, variable.trainable, note=note)
-                # Of the layers that share a kernel, report a conditioned one.
-                if reason is None or id(variable) not in statuses:
-                    statuses[id(variable)] = status
-    order = {id(weight): place for place, weight in enumerate(model.weights)}
-    return dict(sorted(statuses.items(), key=lambda item: order.get(item[0], len(order))))
+
+    def status_of(variable: keras.Variable, layer: keras.Layer) -> KernelStatus:
+        reason = _reason(variable, layer, id(variable) in readers)
+        if reason is None and not (is_captured(layer) and chooses(layer)):
+            reason = "not captured"
+        if reason is None and training is not None and not any(trains(variable) for trains in training):
+            reason = "trained by another optimizer"
+        adapter = adapter_of(layer)
+        note = adapter.notes(layer).get(id(variable)) if reason is None and hasattr(adapter, "notes") else None
+        num_params = math.prod(variable.shape)
+        return KernelStatus(variable.path, type(layer).__name__, reason, num_params, variable.trainable, note=note)
+
+    statuses = {}
+    for key, variable in variables.items():
+        # An attention layer's biases have two axes.
+        if key in readers or (len(variable.shape) >= 2 and variable.name != "bias"):
+            found = [status_of(variable, layer) for layer in readers.get(key, [holders[key]])]
+            # Of the layers that share a kernel, report a conditioned one.
+            statuses[key] = next((status for status in found if status.reason is None), found[-1])
+    return statuses
 
 
-def _reason(
-    layer: keras.Layer,
-    adapter: Any,
-    variable: keras.Variable,
-    is_read: bool,
-    chooses: Callable[[keras.Layer], bool],
-    training: Sequence[Callable[[keras.Variable], bool]],
-) -> str | None:
+def _reason(variable: keras.Variable, layer: keras.Layer, is_read: bool) -> str | None:
+    """Returns why no `ISAAC` can condition this variable of a layer, or `None` if it can."""
     if not variable.trainable:
         return "frozen"
+    adapter = adapter_of(layer)
     if adapter is None:
         return f"no conditioned form of {type(layer).__name__}"
     if not is_read and quantization(layer) is not None:
@@ -137,20 +139,8 @@ def _reason(
         return "the layer computes its kernel from it"
     if not is_read:
         return "does not multiply the layer's inputs"
-    if reads_sparse_inputs(layer):
-        return SPARSE
-    if not (is_captured(layer) and chooses(layer)):
-        return "not captured"
-    if training and not any(trains(variable) for trains in training):
-        return "trained by another optimizer"
+    if adapter is DenseAdapter:
+        # A layer outside a functional model has no `input`, nor has one that is called several times.
+        with contextlib.suppress(AttributeError, ValueError):
+            return SPARSE if is_sparse(layer.input) else None
     return None
-
-
-def reads_sparse_inputs(layer: keras.Layer) -> bool:
-    """Returns whether a functional model calls this `Dense` on sparse inputs, which leave its kernel plain."""
-    if adapter_of(layer) is not DenseAdapter:
-        return False
-    # A layer outside a functional model has no `input`, nor has one that is called several times.
-    with contextlib.suppress(AttributeError, ValueError):
-        return is_sparse(layer.input)
-    return False

@@ -78,7 +78,7 @@ def summary(
     (Dense)
     1 of 2 trainable kernels are conditioned (16,384 of 18,432 parameters, 88.9%).
     Multiplications added to a step: +20.4%.
-    >>> kernels[0].rows, kernels[0].side, kernels[1].reason
+    >>> kernels[0].rows, kernels[0].form, kernels[1].reason
     (60, 'sample', 'not captured')
     """
     if not isinstance(model, keras.Model):
@@ -220,7 +220,7 @@ def _with_arithmetic(status: KernelStatus, calls: list[KernelCall]) -> KernelSta
     if status.reason:
         return status._replace(added=0)
     added = sum(plan.added_multiplications(call) for call in calls)
-    return status._replace(side=plan.choose(first), num_sampled=first.num_rows, added=added)
+    return status._replace(form=plan.choose(first), num_sampled=first.num_rows, added=added)
 
 
 def _print(model: keras.Model, statuses: list[KernelStatus], batch_size: int, show_frozen: bool) -> None:
@@ -243,7 +243,7 @@ def _print(model: keras.Model, statuses: list[KernelStatus], batch_size: int, sh
         f"{len(conditioned)} of {len(trainable)} trainable kernels are conditioned "
         f"({params:,} of {all_params:,} parameters, {100 * params / max(all_params, 1):.1f}%)."
     )
-    is_reduced = any(status.num_sampled != status.rows for status in conditioned if status.side != plan.DIAGONAL)
+    is_reduced = any(status.num_sampled != status.rows for status in conditioned if status.form != plan.DIAGONAL)
     if is_reduced and all(isaac.max_rows is None for isaac in isaacs_in(optimizer)):
         lines.append(
             f"Where positions share a kernel, it uses as many rows as add {100 * plan.BUDGET:.0f}% to its layer, and at least "
@@ -316,7 +316,7 @@ def _size(status: KernelStatus) -> str:
 def _form(status: KernelStatus) -> str:
     if status.reason:
         return f"plain: {status.reason}"
-    form = str(status.side)
+    form = str(status.form)
     if form != "diagonal" and status.num_sampled != status.rows:
         form = f"{form}\n{status.num_sampled:,} rows"
     return f"{form}\n{status.note}" if status.note else form

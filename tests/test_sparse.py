@@ -75,7 +75,7 @@ def test_status_summary_and_monitor_say_that_it_is_plain(capsys):
     model.compile(paper_isaac(damping=0.1), "mse")
     with pytest.warns(UserWarning, match=PLAIN):
         wide, deep = sorted(keras_isaac.summary(model, batch_size=8), key=lambda status: status.path, reverse=True)
-    assert (wide.path, wide.reason, deep.side) == ("wide/kernel", "sparse inputs", "feature")
+    assert (wide.path, wide.reason, deep.form) == ("wide/kernel", "sparse inputs", "feature")
     assert "plain: sparse" in capsys.readouterr().out
     monitor = CurvatureMonitor(([sparse, other], targets()))
     with pytest.warns(UserWarning, match=PLAIN):

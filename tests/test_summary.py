@@ -39,7 +39,7 @@ def test_the_rows_are_those_of_training(case):
 
 
 @pytest.mark.parametrize(
-    ("options", "sides"),
+    ("options", "forms"),
     [
         ({}, {"diagonal", "feature", "sample"}),
         ({"max_rows": 5}, {"diagonal", "sample", "Woodbury"}),
@@ -47,7 +47,7 @@ def test_the_rows_are_those_of_training(case):
     ],
     ids=["all-rows", "max-rows", "reduce"],
 )
-def test_a_step_computes_the_inverses_of_the_table(options, sides, monkeypatch):
+def test_a_step_computes_the_inverses_of_the_table(options, forms, monkeypatch):
     def recording(function):
         def recorded(matrix, *arguments):
             sizes.append(matrix.shape[-1])
@@ -69,9 +69,9 @@ def test_a_step_computes_the_inverses_of_the_table(options, sides, monkeypatch):
     found = keras_isaac.summary(model, batch_size=4)
     assert sizes == []
     model.train_on_batch(x, y)
-    assert {status.side for status in found} == sides
+    assert {status.form for status in found} == forms
     size_of = {"sample": "rows", "Woodbury": "num_sampled", "feature": "num_in"}
-    assert sorted(sizes) == sorted(getattr(status, size_of[status.side]) for status in found if status.side != "diagonal")
+    assert sorted(sizes) == sorted(getattr(status, size_of[status.form]) for status in found if status.form != "diagonal")
 
 
 def test_multiplications():
@@ -82,13 +82,13 @@ def test_multiplications():
     model = capture_inputs(keras.Model(inputs, layers.Dense(3, name="wide")(layers.Flatten()(hidden))))
     long, frozen, wide = keras_isaac.summary(model, batch_size=5)
     # No more than the budget's 64 rows of 80.
-    assert (long.side, long.num_sampled) == ("feature", 64)
+    assert (long.form, long.num_sampled) == ("feature", 64)
     assert (long.multiplications, long.added) == (3 * 80 * 20 * 12, 64 * 20**2 + 20**3 + 20**2 * 12)
     assert (frozen.reason, frozen.multiplications, frozen.added) == ("frozen", 2 * 80 * 12 * 12, 0)
-    assert (wide.side, wide.added) == ("sample", 5**2 * 192 + 5**3 + 5**2 * 3)
+    assert (wide.form, wide.added) == ("sample", 5**2 * 192 + 5**3 + 5**2 * 3)
     model.compile(optimizer=paper_isaac(max_rows=10, output_damping=1.0))
     long, _, wide = keras_isaac.summary(model, batch_size=5)
-    assert (long.side, long.num_sampled) == ("Woodbury", 10)
+    assert (long.form, long.num_sampled) == ("Woodbury", 10)
     outputs = 2 * 10**2 * 12 + 10**3 + 2 * 10 * 12 * 20
     assert long.added == 2 * 10**2 * 20 + 10**3 + 2 * 10 * 20 * 12 + outputs
     # Five rows and three outputs: the feature side.
@@ -228,7 +228,7 @@ def test_a_subclassed_model_and_shared_layers():
     model(tokens)
     before = [keras.ops.convert_to_numpy(weight) for weight in model.weights]
     table, unused, top = keras_isaac.summary(capture_inputs(model), batch_size=8)
-    assert (table.side, table.rows, table.added) == ("diagonal", 32, 9 + 32 * 3)
+    assert (table.form, table.rows, table.added) == ("diagonal", 32, 9 + 32 * 3)
     assert unused.reason == "not called in training"
     assert (top.calls, top.rows, top.multiplications) == (2, 32, 2 * 3 * 32 * 3 * 3)
     assert top.added == 2 * (32 * 3**2 + 3**3 + 3**2 * 3)
@@ -254,7 +254,7 @@ def test_kernels_of_another_optimizer_are_plain():
     model.optimizer.build(model.trainable_variables)
     hidden, head = keras_isaac.summary(model)
     assert (hidden.reason, hidden.added) == ("trained by another optimizer", 0)
-    assert (head.reason, head.side) == (None, "feature")
+    assert (head.reason, head.form) == (None, "feature")
 
 
 def test_every_kernel_is_accounted_for():
