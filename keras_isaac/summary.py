@@ -8,7 +8,6 @@ import numbers
 import re
 import shutil
 import textwrap
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -83,7 +82,6 @@ def summary(
     """
     if not isinstance(model, keras.Model):
         raise TypeError(f"`summary` takes a `keras.Model`. Received: model={model!r} (of type {type(model).__name__})")
-    _check_batch_size(batch_size)
     specs = _input_specs(model, batch_size, inputs)
     calls = _kernel_calls(model, specs)
     statuses = [_with_arithmetic(status, calls.get(kernel, [])) for kernel, status in statuses_of(model).items()]
@@ -91,77 +89,21 @@ def summary(
     return _Printed(statuses)
 
 
-def _check_batch_size(batch_size: Any) -> None:
-    if batch_size is None:
-        return
-    if not isinstance(batch_size, numbers.Integral) or isinstance(batch_size, bool):
+def _input_specs(model: keras.Model, batch_size: Any, inputs: Any) -> Any:
+    """Returns the model's inputs as `KerasTensor`s of known shapes."""
+    if batch_size is not None and (not isinstance(batch_size, numbers.Integral) or isinstance(batch_size, bool)):
         raise TypeError(
             "`batch_size` must be an integer. To pass a batch of data, write `summary(model, inputs=x)`. "
             f"Received: batch_size={repr(batch_size).splitlines()[0]:.50} (of type {type(batch_size).__name__})"
         )
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` must be above 0. Received: batch_size={batch_size}")
-
-
-def _kernel_calls(model: keras.Model, specs: Any) -> dict[int, list[KernelCall]]:
-    """Returns the `KernelCall`s of a training step on inputs of these specs, by the kernel's id.
-
-    It traces shapes and computes no values. Kernels that `ISAAC` would leave plain are traced as if it conditioned them, to
-    know their rows.
-    """
-    calls: dict[int, list[KernelCall]] = {}
-
-    def record(kernel: keras.Variable, call: KernelCall) -> None:
-        calls.setdefault(id(kernel), []).append(call)
-
-    optimizer = getattr(model, "optimizer", None)
-    compiled = [isaac.conditioning_of_step(outer_optimizer=optimizer) for isaac in isaacs_in(optimizer)]
-    others = dataclasses.replace((compiled or [ISAAC().conditioning_of_step()])[0], trains=lambda kernel: True)
-
-    def step(inputs: Any) -> Any:
-        # Keras may trace twice on PyTorch.
-        calls.clear()
-        with contextlib.ExitStack() as stack:
-            for conditioning in (others, *compiled):
-                recording = dataclasses.replace(conditioning, record=record, on_use=lambda: None, chooses=lambda layer: True)
-                stack.enter_context(scope.open_scope(recording))
-            return model(inputs, training=True)
-
-    with captured_throughout(model):
-        run_on_shapes(step, specs)
-    return calls
-
-
-def run_on_shapes(function: Callable[[Any], Any], specs: Any) -> None:
-    """Traces a function on a nest of `KerasTensor`s, as Keras does to infer a layer's output shape. No variable changes."""
-    errors = []
-
-    class Function(keras.Layer):
-        def call(self, inputs: Any) -> Any:
-            try:
-                return function(inputs)
-            except Exception as error:
-                errors.append(error)
-                raise
-
-    try:
-        Function().compute_output_spec(specs)
-    except Exception:
-        if not errors:
-            raise
-        # Without Keras' advice on how to write `Function`.
-        raise errors[-1] from None
-
-
-def _input_specs(model: keras.Model, batch_size: int | None, inputs: Any) -> Any:
-    """Returns the model's inputs as `KerasTensor`s of known shapes."""
     if not model.built:
         raise ValueError(
             f"`summary` needs a model that is built. Give '{model.name}' an `Input`, or call it on a batch first. "
             f"Received: model={model.name} (not built)"
         )
-    if inputs is None:
-        inputs = _own_inputs(model)
+    inputs = _own_inputs(model) if inputs is None else inputs
     unknown = []
 
     def spec(tensor: Any) -> keras.KerasTensor:
@@ -170,17 +112,16 @@ def _input_specs(model: keras.Model, batch_size: int | None, inputs: Any) -> Any
                 "`inputs` must be an array or a nest of arrays: write `summary(model, inputs=x)` with a batch of inputs. "
                 f"Received: inputs that contain {tensor!r:.50} (of type {type(tensor).__name__})"
             )
-        first, *rest = tensor.shape
-        if None in rest:
+        if None in tensor.shape[1:]:
             unknown.append(tuple(tensor.shape))
-        shape = (batch_size or first or 32, *rest)
+        shape = (batch_size or tensor.shape[0] or 32, *tensor.shape[1:])
         return keras.KerasTensor(shape, keras.backend.standardize_dtype(tensor.dtype), sparse=is_sparse(tensor))
 
     specs = None if inputs is None else keras.tree.map_structure(spec, inputs)
     if specs is None or unknown:
         raise ValueError(
             f"Write `summary(model, inputs=x)` with a batch of inputs: the sizes of the inputs of '{model.name}' are not all "
-            f"known. Received: inputs=None, of shapes {unknown if unknown else 'unknown'}"
+            f"known. Received: inputs=None, of shapes {unknown or 'unknown'}"
         )
     return specs
 
@@ -195,6 +136,48 @@ def _own_inputs(model: keras.Model) -> Any:
     # JAX does not take Keras' own kind of dictionary.
     shapes = dict(shapes) if isinstance(shapes, dict) else shapes
     return keras.tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:]), model.compute_dtype), shapes)
+
+
+def _kernel_calls(model: keras.Model, specs: Any) -> dict[int, list[KernelCall]]:
+    """Returns the `KernelCall`s of a training step on inputs of these specs, by the kernel's id.
+
+    It traces shapes and computes no values. Kernels that `ISAAC` would leave plain are traced as if it conditioned them, to
+    know their rows.
+    """
+    calls: dict[int, list[KernelCall]] = {}
+    errors = []
+
+    def record(kernel: keras.Variable, call: KernelCall) -> None:
+        calls.setdefault(id(kernel), []).append(call)
+
+    optimizer = getattr(model, "optimizer", None)
+    compiled = [isaac.conditioning_of_step(outer_optimizer=optimizer) for isaac in isaacs_in(optimizer)]
+    others = dataclasses.replace((compiled or [ISAAC().conditioning_of_step()])[0], trains=lambda kernel: True)
+
+    class Step(keras.Layer):
+        """Keras traces its call to infer the shape of its output. No variable changes."""
+
+        def call(self, inputs: Any) -> Any:
+            # Keras may trace twice on PyTorch.
+            calls.clear()
+            with contextlib.ExitStack() as stack:
+                for conditioning in (others, *compiled):
+                    recording = dataclasses.replace(
+                        conditioning, record=record, on_use=lambda: None, chooses=lambda layer: True
+                    )
+                    stack.enter_context(scope.open_scope(recording))
+                try:
+                    model(inputs, training=True)
+                except Exception as error:
+                    # Raised below, without Keras' advice on how to write `Step`.
+                    errors.append(error)
+            return inputs
+
+    with captured_throughout(model):
+        Step().compute_output_spec(specs)
+    if errors:
+        raise errors[-1]
+    return calls
 
 
 def _with_arithmetic(status: KernelStatus, calls: list[KernelCall]) -> KernelStatus:
@@ -225,23 +208,23 @@ def _with_arithmetic(status: KernelStatus, calls: list[KernelCall]) -> KernelSta
 
 def _print(model: keras.Model, statuses: list[KernelStatus], batch_size: int, show_frozen: bool) -> None:
     total = sum(status.multiplications or 0 for status in statuses)
-    hidden = [] if show_frozen else [status for status in statuses if status.reason == "frozen"]
-    shown = statuses if show_frozen else [status for status in statuses if status.reason != "frozen"]
     trainable = [status for status in statuses if status.trainable]
     conditioned = [status for status in trainable if status.reason is None]
-    params, all_params = (sum(status.num_params for status in part) for part in (conditioned, trainable))
+    shown, hidden = statuses, []
+    if not show_frozen:
+        shown, hidden = trainable, [status for status in statuses if not status.trainable]
     optimizer = getattr(model, "optimizer", None)
     lines = []
     if hidden:
         lines.append(
-            f"Not shown: {len(hidden)} frozen ({sum(status.num_params for status in hidden):,} parameters); "
-            "summary(..., show_frozen=True) shows all."
+            f"Not shown: {len(hidden)} frozen ({_num_params(hidden):,} parameters); summary(..., show_frozen=True) shows all."
         )
     if optimizer is not None and not isaacs_in(optimizer):
         lines.append(f"The model is compiled with {type(optimizer).__name__}, which conditions nothing. Under ISAAC:")
+    share = 100 * _num_params(conditioned) / max(_num_params(trainable), 1)
     lines.append(
         f"{len(conditioned)} of {len(trainable)} trainable kernels are conditioned "
-        f"({params:,} of {all_params:,} parameters, {100 * params / max(all_params, 1):.1f}%)."
+        f"({_num_params(conditioned):,} of {_num_params(trainable):,} parameters, {share:.1f}%)."
     )
     is_reduced = any(status.num_sampled != status.rows for status in conditioned if status.form != plan.DIAGONAL)
     if is_reduced and all(isaac.max_rows is None for isaac in isaacs_in(optimizer)):
@@ -257,22 +240,28 @@ def _print(model: keras.Model, statuses: list[KernelStatus], batch_size: int, sh
     print("\n".join(textwrap.fill(line, max(width, 40), break_on_hyphens=False) for line in lines))
 
 
+def _num_params(statuses: list[KernelStatus]) -> int:
+    return sum(status.num_params for status in statuses)
+
+
 def _cost(conditioned: list[KernelStatus], total: int, batch_size: int) -> str:
     """Returns a sentence on the cost of all kernels and, if it is high, on the costliest one and how to lower it."""
     added = sum(status.added or 0 for status in conditioned)
     cost = f"Multiplications added to a step: {_share(added, total) or 'none'}."
     if not total or added < _COSTLY * total:
         return cost
-    status = max(conditioned, key=lambda status: status.added or 0)
+    costliest = max(conditioned, key=lambda status: status.added or 0)
     remedies = []
     # Only positions of sequences and images are summed or sampled.
-    if status.num_sampled and status.rows and status.rows > batch_size:
-        remedies.append(f"ISAAC(max_rows={max(status.num_sampled // 2, 1)})")
+    if costliest.num_sampled and costliest.rows and costliest.rows > batch_size:
+        remedies.append(f"ISAAC(max_rows={max(costliest.num_sampled // 2, 1)})")
     if len(conditioned) > 1:
         remedies.append("capture_inputs(model, exclude=...)")
     if not remedies:
         return cost
-    return f"{cost} Costliest: {status.path} ({_share(status.added, total)}). To lower this, write {' or '.join(remedies)}."
+    return (
+        f"{cost} Costliest: {costliest.path} ({_share(costliest.added, total)}). To lower this, write {' or '.join(remedies)}."
+    )
 
 
 def _table(cells: list[tuple[str, str, str, str]], width: int) -> list[str]:
@@ -282,27 +271,17 @@ def _table(cells: list[tuple[str, str, str, str]], width: int) -> list[str]:
         row[2] = [part for line in row[2] for part in textwrap.wrap(line, _FORM_WIDTH)]
     widths = [max(len(line) for row in rows for line in row[column]) for column in range(4)]
     widths[0] = min(widths[0], max(_NAME_WIDTH, width - sum(widths[1:]) - 2 * 3))
+    # Up to a slash or the end, if that fits.
+    path_part = rf".{{0,{widths[0] - 1}}}(?:/|.$)|.{{{widths[0]}}}"
     lines = []
     for row in rows:
-        row[0] = [part for line in row[0] for part in _wrap_path(line, widths[0])]
+        row[0] = [part for line in row[0] for part in re.findall(path_part, line)]
         for name, size, form, share in itertools.zip_longest(*row, fillvalue=""):
             line = f"{name:<{widths[0]}}  {size:>{widths[1]}}  {form:<{widths[2]}}  {share:>{widths[3]}}"
             lines.append(line.rstrip())
     # The header has two lines.
     lines.insert(2, "-" * (sum(widths) + 2 * 3))
     return lines
-
-
-def _wrap_path(path: str, width: int) -> list[str]:
-    """Breaks a path after slashes, and where a name in it is longer than `width`."""
-    lines = [""]
-    for part in re.findall(r"[^/]+/?", path):
-        if len(lines[-1]) + len(part) > width:
-            lines.append("")
-        lines[-1] += part
-        while len(lines[-1]) > width:
-            lines[-1:] = [lines[-1][:width], lines[-1][width:]]
-    return [line for line in lines if line]
 
 
 def _size(status: KernelStatus) -> str:
@@ -317,7 +296,7 @@ def _form(status: KernelStatus) -> str:
     if status.reason:
         return f"plain: {status.reason}"
     form = str(status.form)
-    if form != "diagonal" and status.num_sampled != status.rows:
+    if form != plan.DIAGONAL and status.num_sampled != status.rows:
         form = f"{form}\n{status.num_sampled:,} rows"
     return f"{form}\n{status.note}" if status.note else form
 
