@@ -48,26 +48,28 @@ def capture_inputs(
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4), keras.layers.Dense(2, name="head")])
     >>> model = capture_inputs(model, exclude=".*/head")
     """
-    if isinstance(target, type) and issubclass(target, keras.Model):
-        _capture_class(target, include, exclude)
-        return target
-    if isinstance(target, keras.Model):
-        _capture_model(target, include, exclude)
-        return target
-    if isinstance(target, keras.Layer):
+    is_class = isinstance(target, type) and issubclass(target, keras.Model)
+    if is_class or isinstance(target, keras.Model):
+        rules = check_rules("include", include), check_rules("exclude", exclude)
+        if is_class:
+            _capture_class(target, *rules)
+        else:
+            captured_model(target).select(*rules)
+    elif isinstance(target, keras.Layer):
         if include is not None or exclude is not None:
             raise ValueError(
                 "Give `include` and `exclude` with a model, whose layers they choose. "
                 f"Received: target={describe(target)}, include={include}, exclude={exclude}"
             )
-        captured = [captured_layer.capture(layer, _ALONE) for layer, _ in walk(target)]
+        captured = [captured_layer.capture(layer) for layer, _ in walk(target)]
         if not any(captured):
             raise_unsupported([describe(target)], f"target={describe(target)}")
-        return target
-    raise TypeError(
-        "Give `capture_inputs` a `keras.Model`, a `keras.Layer` or, as a decorator, a subclass of `keras.Model`. "
-        f"Received: target={target!r} (of type {type(target).__name__})"
-    )
+    else:
+        raise TypeError(
+            "Give `capture_inputs` a `keras.Model`, a `keras.Layer` or, as a decorator, a subclass of `keras.Model`. "
+            f"Received: target={target!r} (of type {type(target).__name__})"
+        )
+    return target
 
 
 def release_inputs(target: Target) -> Target:
@@ -92,45 +94,28 @@ def release_inputs(target: Target) -> Target:
     """
     if isinstance(target, type) and issubclass(target, keras.Model):
         _release_class(target)
-        return target
-    if not isinstance(target, keras.Layer):
+    elif isinstance(target, keras.Model):
+        if keras_hooks.owner_of(target) is not None:
+            captured_model(target).release()
+    elif isinstance(target, keras.Layer):
+        for layer, _ in walk(target):
+            captured_layer.captured_alone.discard(layer)
+    else:
         raise TypeError(
             "Give `release_inputs` a `keras.Model`, a `keras.Layer` or a subclass of `keras.Model`. "
             f"Received: target={target!r} (of type {type(target).__name__})"
         )
-    if not isinstance(target, keras.Model):
-        for layer, _ in walk(target):
-            captured_layer.release(layer, _ALONE)
-    elif keras_hooks.owner_of(target) is not None:
-        captured_model(target).release()
     return target
 
 
-class _Alone:
-    """What captured a layer by itself."""
-
-    def chooses(self, layer: keras.Layer) -> bool:
-        return True
-
-
-_ALONE = _Alone()
-
-
-def _capture_model(model: keras.Model, include: Rule | Sequence[Rule] | None, exclude: Rule | Sequence[Rule] | None) -> None:
-    rules = check_rules("include", include), check_rules("exclude", exclude)
-    captured_model(model).select(*rules)
-
-
-def _capture_class(model_class: Any, include: Rule | Sequence[Rule] | None, exclude: Rule | Sequence[Rule] | None) -> None:
-    check_rules("include", include)
-    check_rules("exclude", exclude)
+def _capture_class(model_class: Any, include: tuple[Rule, ...] | None, exclude: tuple[Rule, ...] | None) -> None:
     _release_class(model_class)
     plain_init = model_class.__init__
 
     @functools.wraps(plain_init)
     def init(self: keras.Model, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)
-        _capture_model(self, include, exclude)
+        captured_model(self).select(include, exclude)
 
     # Keras reads the arguments of `__init__` for `get_config`, and does not look behind a wrapper by itself.
     init.__signature__ = inspect.signature(plain_init)  # type: ignore[attr-defined]

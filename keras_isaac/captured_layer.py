@@ -3,7 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 
@@ -11,43 +11,31 @@ from keras_isaac import backend, keras_hooks, scope
 from keras_isaac.layers import adapter_of
 from keras_isaac.selection import walk
 
-
-class Chooser(Protocol):
-    """What captures layers: a model, or `capture_inputs` of a layer."""
-
-    def chooses(self, layer: keras.Layer) -> bool:
-        """Returns whether this layer is to be conditioned."""
+# The layers that were captured alone, for training loops.
+captured_alone: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
+# The `CapturedModel`s of the models that captured each layer. They live as long as the models do.
+_models: weakref.WeakKeyDictionary[keras.Layer, weakref.WeakSet] = weakref.WeakKeyDictionary()
 
 
-# What captured each layer. A model is known by its `CapturedModel`, which lives as long as the model does.
-_choosers: weakref.WeakKeyDictionary[keras.Layer, weakref.WeakSet] = weakref.WeakKeyDictionary()
-
-
-def capture(layer: keras.Layer, chooser: Chooser) -> bool:
-    """Wraps the `call` of this layer once; returns whether the layer can be conditioned."""
+def capture(layer: keras.Layer, model: Any = None) -> bool:
+    """Wraps the `call` of this layer once, for a `CapturedModel` or alone; returns whether the layer can be conditioned."""
     keras_hooks.keep_scope(layer)
     if adapter_of(layer) is None:
         if backend.untraced(type(layer).call) is not None:
             keras_hooks.wrap_call(layer, _traced_call)
         return False
     keras_hooks.wrap_call(layer, _captured_call)
-    _choosers.setdefault(layer, weakref.WeakSet()).add(chooser)
-    return is_captured(layer)
-
-
-def release(layer: keras.Layer, chooser: Chooser) -> None:
-    """Forgets that `chooser` captured this layer. Its `call` stays wrapped, which does nothing by itself."""
-    _choosers.get(layer, weakref.WeakSet()).discard(chooser)
-
-
-def is_captured(layer: keras.Layer) -> bool:
-    """Returns whether the layer's `call` is wrapped. It is not if its `call` was replaced by other code before."""
+    if model is None:
+        captured_alone.add(layer)
+    else:
+        _models.setdefault(layer, weakref.WeakSet()).add(model)
+    # Other code may have replaced its `call` before.
     return keras_hooks.runs(layer, _captured_call)
 
 
 def is_chosen(layer: keras.Layer) -> bool:
     """Returns whether this layer is conditioned in a custom training loop: captured alone, or chosen by a living model."""
-    return any(chooser.chooses(layer) for chooser in _choosers.get(layer, ()))
+    return layer in captured_alone or any(model.chooses(layer) for model in _models.get(layer, ()))
 
 
 def choice_of(model: keras.Layer) -> Callable[[keras.Layer], bool]:

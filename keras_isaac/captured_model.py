@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import keras
 
 from keras_isaac import backend, keras_hooks, scope
-from keras_isaac.captured_layer import capture, is_captured, is_chosen
+from keras_isaac.captured_layer import capture, is_chosen
 from keras_isaac.layers import adapter_of
 from keras_isaac.optimizer_wrapper import has_several, isaacs_in
 from keras_isaac.selection import Containers, Rule, check_matches, matches, shorten, walk
@@ -25,11 +25,9 @@ class CapturedModel:
         self.is_captured = False
         self._include: tuple[Rule, ...] | None = None
         self._exclude: tuple[Rule, ...] | None = None
-        # By the layer's id: every layer with the layers that contain it, and whether it is chosen, once that is decided.
+        # By the layer's id: every layer that can be conditioned, with the layers that contain it, and whether it is chosen.
         self._layers: dict[int, tuple[keras.Layer, Containers]] = {}
         self._choices: dict[int, bool] = {}
-        # Layers that are not built yet.
-        self._waiting: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
         self._has_own_step = keras_hooks.has_own_step(model)
         keras_hooks.wrap_step(model, self)
 
@@ -54,18 +52,14 @@ class CapturedModel:
     def chooses(self, layer: keras.Layer) -> bool:
         """Returns whether this model chooses the layer."""
         choice = self._choices.get(id(layer))
-        return self._decide(layer) if choice is None else choice
-
-    def _decide(self, layer: keras.Layer) -> bool:
-        _, containers = self._layers.get(id(layer), (None, None))
-        if containers is None:
-            return False
-        included = self._include is None or matches(self._include, layer, containers)
-        choice = included and not matches(self._exclude or (), layer, containers)
-        # A layer has its path once it is built.
-        if layer.built:
-            self._choices[id(layer)] = choice
-        return choice
+        if choice is None and id(layer) in self._layers:
+            _, containers = self._layers[id(layer)]
+            choice = self._include is None or matches(self._include, layer, containers)
+            choice = choice and not matches(self._exclude or (), layer, containers)
+            # A layer has its path once it is built.
+            if layer.built:
+                self._choices[id(layer)] = choice
+        return bool(choice)
 
     def _find_layers(self) -> None:
         """Captures all layers that the model has now."""
@@ -75,20 +69,19 @@ class CapturedModel:
     def _add(self, root: keras.Layer, containers: Containers = ()) -> None:
         """Captures all layers in `root`, and those that they create when they are built."""
         for layer, within in walk(root, containers):
-            self._layers[id(layer)] = layer, within
-            capture(layer, self)
+            if capture(layer, self):
+                self._layers[id(layer)] = layer, within
             if layer.built:
                 self.chooses(layer)
-            elif layer not in self._waiting:
-                self._waiting.add(layer)
+            else:
                 keras_hooks.after_build(layer, functools.partial(self._after_build, layer, within))
 
     def _after_build(self, layer: keras.Layer, containers: Containers) -> None:
-        self._waiting.discard(layer)
+        model = self._model()
         if self.is_captured:
             self._add(layer, containers)
-            if not self._waiting:
-                check_matches(self._model(), self._include, self._exclude)
+            if layer is model and is_built(model):
+                check_matches(model, self._include, self._exclude)
 
     @contextlib.contextmanager
     def step(self, optimizer_values: list | None) -> Iterator[None]:
@@ -153,7 +146,7 @@ class CapturedModel:
         """Tells the optimizer which layers its file or copy is to capture."""
         model = self._model()
         layers = [layer for layer, _ in walk(model) if adapter_of(layer)]
-        chosen = [layer for layer in layers if is_captured(layer) and self.chooses(layer)]
+        chosen = [layer for layer in layers if self.chooses(layer)]
         for isaac in isaacs_in(getattr(model, "optimizer", None)):
             isaac.captured = None
             if self.is_captured:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_isaac.captured_layer import choice_of, is_captured
+from keras_isaac.captured_layer import choice_of
 from keras_isaac.curvature.record import SPARSE
 from keras_isaac.keras_hooks import quantization
 from keras_isaac.layers import adapter_of, kernels_of
@@ -107,7 +107,7 @@ def statuses_of(model: keras.Layer) -> dict[int, KernelStatus]:
 
     def status_of(variable: keras.Variable, layer: keras.Layer) -> KernelStatus:
         reason = _reason(variable, layer, id(variable) in readers)
-        if reason is None and not (is_captured(layer) and chooses(layer)):
+        if reason is None and not chooses(layer):
             reason = "not captured"
         if reason is None and training is not None and not any(trains(variable) for trains in training):
             reason = "trained by another optimizer"

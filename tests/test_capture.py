@@ -9,12 +9,12 @@ from keras.optimizers import SGD, Adam, LossScaleOptimizer
 from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
 
 from keras_isaac import capture_inputs, kernel_status, release_inputs
-from keras_isaac.captured_layer import choice_of, is_captured
+from keras_isaac.captured_layer import choice_of, is_chosen
 
 
 def chosen(model, layers=None):
     """Which of these layers, or of the model's, are conditioned when the model trains."""
-    return [is_captured(layer) and choice_of(model)(layer) for layer in layers or model.layers]
+    return [choice_of(model)(layer) for layer in layers or model.layers]
 
 
 def test_returns_its_target_which_keeps_class_and_weights():
@@ -340,7 +340,7 @@ def test_class_decorator(options):
     model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
     fit(model, regression())
     assert chosen(model, [model.blocks[0], model.heads["main"]]) == [True, options is None]
-    assert not is_captured(Branches().blocks[0])
+    assert not is_chosen(Branches().blocks[0])
 
 
 def test_class_decorator_of_a_functional_subclass_and_a_custom_train_step():
@@ -438,11 +438,11 @@ def test_error_rules_of_another_type_or_for_a_layer():
         capture_inputs(keras.layers.Dense(3), include=".*")
 
 
-def test_subclass_that_keeps_call_is_captured():
+def test_subclass_that_keeps_call_is_chosen():
     class Named(keras.layers.Dense):
         """Nothing of its own but a name."""
 
-    assert is_captured(capture_inputs(Named(3)))
+    assert is_chosen(capture_inputs(Named(3)))
 
 
 def test_frozen_layers_train_as_frozen():
