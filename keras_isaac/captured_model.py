@@ -17,7 +17,7 @@ from keras_isaac.step_check import not_captured_error, nothing_to_condition, reu
 
 
 class CapturedModel:
-    """The `keras_hooks.Owner` of the training step of a captured model, which knows the layers that the model chooses."""
+    """The owner of a captured model's training step (see `keras_hooks.wrap_step`), which knows the layers it chooses."""
 
     def __init__(self, model: keras.Model) -> None:
         # The model holds its owner.
@@ -126,10 +126,10 @@ class CapturedModel:
                 raise ValueError(advice)
 
     @staticmethod
-    def _check_variables(model: keras.Model, trained: dict[int, keras.Variable] | None) -> None:
+    def _check_variables(model: keras.Model, trained: dict[int, keras.Variable]) -> None:
         """Raises if a built optimizer trains another model, and warns of variables that are new since it was built."""
         variables = model.trainable_variables
-        unknown = [variable for variable in variables if trained is not None and id(variable) not in trained]
+        unknown = [variable for variable in variables if trained and id(variable) not in trained]
         if unknown and len(unknown) == len(variables):
             raise reused_error(f"'{model.name}'", variables)
         if unknown:

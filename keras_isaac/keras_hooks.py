@@ -14,7 +14,7 @@ Each line states one assumption about Keras and names the test in `tests/test_ho
 - It is built by the `build` of the instance, before its `call`: `test_a_layer_is_built_by_the_build_of_the_instance`.
 - It is recomputed by the `rematerialized_call` of the instance: `test_recomputation_runs_the_rematerialized_call`.
 - Copies and files ask the instance for `get_compile_config`: `test_copies_ask_for_the_compile_config_of_the_instance`.
-- The garbage collector knows every model: `test_every_living_model_is_found`.
+- The garbage collector knows every model: `test_every_model_of_an_optimizer_is_found`.
 
 Private attributes of Keras that the package relies on:
 
@@ -28,8 +28,7 @@ import functools
 import gc
 import types
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 from keras import ops
@@ -46,24 +45,6 @@ _STEP = "compute_loss_and_updates" if _IS_NNX else "train_step"
 # Training steps.
 
 
-class Owner(Protocol):
-    """What owns the training step of a model."""
-
-    def step(self, optimizer_values: list | None) -> AbstractContextManager:
-        """Returns the context in which a training step runs.
-
-        Args:
-            optimizer_values: the tensors that `model.optimizer.variables` have in this step, or `None` if the variables
-                themselves hold their values.
-        """
-
-    def before_training(self, is_new: bool) -> None:
-        """Called by `fit` and `train_on_batch`, before Keras takes the weights; `is_new` if a new step will be compiled."""
-
-    def before_saving(self) -> None:
-        """Called before the compile configuration of the model is read, to save or copy it."""
-
-
 def check_before_training(check: Callable[[keras.Model], None]) -> None:
     """Calls `check(model)` before any model that has no owner makes its training step."""
     plain_make = keras.Model.make_train_function
@@ -77,18 +58,31 @@ def check_before_training(check: Callable[[keras.Model], None]) -> None:
     keras.Model.make_train_function = make_train_function
 
 
-def wrap_step(model: keras.Model, owner: Owner) -> None:
-    """Runs every training step of this model inside `owner.step`, from the next one on."""
+def wrap_step(model: keras.Model, owner: Any) -> None:
+    """Runs every training step of this model inside `owner.step`, from the next one on.
+
+    Args:
+        model: `keras.Model`.
+        owner: object of three functions. `step(optimizer_values)` returns the context of a training step, given the tensors
+            that `model.optimizer.variables` have in it, or `None` if the variables hold their values. `fit` and
+            `train_on_batch` call `before_training(is_new)` before Keras takes the weights; `is_new` says whether a new step
+            will be compiled. `before_saving()` is called before the compile configuration is read, to save or copy the model.
+    """
     plain_step, plain_make, plain_config = getattr(model, _STEP), model.make_train_function, model.get_compile_config
 
     def renew() -> None:
         # JAX remembers what it compiled by the function, so that a new step needs a new one.
         @functools.wraps(plain_step)
         def step(*args: Any, **kwargs: Any) -> Any:
-            if _IS_NNX and kwargs.get("optimizer_variables") is None:
-                # A step of `evaluate`.
-                return plain_step(*args, **kwargs)
-            with owner.step(_optimizer_values(args, kwargs) if backend.IS_STATELESS else None):
+            optimizer_values = None
+            if _IS_NNX:
+                optimizer_values = kwargs.get("optimizer_variables")
+                if optimizer_values is None:
+                    # A step of `evaluate`.
+                    return plain_step(*args, **kwargs)
+            elif backend.IS_STATELESS:
+                optimizer_values = (args[0] if args else kwargs["state"])[2]
+            with owner.step(optimizer_values):
                 return plain_step(*args, **kwargs)
 
         setattr(model, _STEP, step)
@@ -134,25 +128,14 @@ def recompile_step(model: keras.Model) -> None:
     model.make_train_function.recompile()
 
 
-def _optimizer_values(args: tuple, kwargs: dict) -> list:
-    """Returns the tensors that `optimizer.variables` have in a step that is called with these arguments."""
-    return kwargs["optimizer_variables"] if _IS_NNX else (args[0] if args else kwargs["state"])[2]
-
-
 def models_of(optimizer: keras.optimizers.Optimizer) -> list[keras.Model]:
     """Returns the living models that are compiled with this optimizer.
 
     Keras keeps no list of models, so this looks through all objects of the process.
     """
-    return [
-        model for model in living_models() if any(each is optimizer for each in isaacs_in(getattr(model, "optimizer", None)))
-    ]
-
-
-def living_models() -> list[keras.Model]:
-    """Returns every `keras.Model` of this process."""
     # `isinstance` may run code of a proxy, so that only the type is asked.
-    return [each for each in gc.get_objects() if issubclass(type(each), keras.Model) and hasattr(each, "train_function")]
+    models = [each for each in gc.get_objects() if issubclass(type(each), keras.Model)]
+    return [model for model in models if any(each is optimizer for each in isaacs_in(getattr(model, "optimizer", None)))]
 
 
 # Layers.

@@ -212,7 +212,7 @@ class ISAAC(OptimizerWrapper):
 
     def _trains(self, variable: keras.Variable) -> bool:
         trained = self.step_check.trained
-        return variable.trainable and (trained is None or id(variable) in trained)
+        return variable.trainable and (not trained or id(variable) in trained)
 
     def build(self, variables: list[keras.Variable]) -> None:
         """Builds the inner optimizer for `variables`."""

@@ -21,8 +21,8 @@ class StepCheck:
     """Whether a captured layer conditions a gradient in the current step of an `ISAAC`."""
 
     def __init__(self) -> None:
-        # The variables that the optimizer was built for, by id.
-        self.trained: dict[int, keras.Variable] | None = None
+        # The variables that the optimizer was built for, by id; none before.
+        self.trained: dict[int, keras.Variable] = {}
         # Whether a layer did so since the last check, and whether one ever did.
         self._has_now = self._has_ever = False
         self._model: weakref.ref[keras.Model] | None = None
@@ -47,7 +47,7 @@ class StepCheck:
         """
         scope.closed.discard(self)
         if variables is None:
-            variables = list((self.trained or {}).values())
+            variables = list(self.trained.values())
         was_called = scope.take_plain_calls() and bool(variables) and backend.is_tracing(variables[0])
         model = None if self._model is None else self._model()
         was_missed = not self._has_now and (model is not None or was_called)
