@@ -282,7 +282,7 @@ class _MaskGiver(keras.layers.Layer):
 
 def mask_of(inputs: Any) -> Any:
     """Returns the mask that Keras carries with a tensor, or `None`."""
-    if backend.TENSORS_TAKE_ATTRIBUTES:
+    if not backend.IS_STATELESS:
         return getattr(inputs, "_keras_mask", None)
     masks: list = []
     with keras.RematScope(mode=None):
@@ -294,7 +294,7 @@ def with_mask(inputs: Any, mask: Any) -> Any:
     """Returns `inputs`, with which Keras carries `mask`; as they are if that is `None`."""
     if mask is None:
         return inputs
-    if backend.TENSORS_TAKE_ATTRIBUTES:
+    if not backend.IS_STATELESS:
         inputs._keras_mask = mask
         return inputs
     with keras.RematScope(mode=None):

@@ -11,10 +11,10 @@ import numpy as np
 from keras import ops
 
 from keras_isaac import backend, scope
-from keras_isaac.backend import matmul, trace
+from keras_isaac.backend import damped_inverse_root, damped_projection, matmul, transpose
 from keras_isaac.captured_layer import choice_of
 from keras_isaac.curvature import plan
-from keras_isaac.curvature.conditioner import in_full_precision, summed_damping
+from keras_isaac.curvature.conditioner import gram_of, in_full_precision
 from keras_isaac.curvature.record import KernelCall
 from keras_isaac.optimizer_wrapper import isaacs_in
 
@@ -76,10 +76,10 @@ def build_measure(model: keras.Model, data: tuple) -> Callable[[], dict[str, np.
         paths[:] = [kernel.path for kernel, *_ in gradients]
         return ops.stack([_numbers(spectra[id(kernel)], *pair) for kernel, *pair in gradients])
 
-    run = backend.compiled(measure, variables)
+    compiled = backend.compiled(measure)
 
     def measured() -> dict[str, np.ndarray]:
-        numbers = ops.convert_to_numpy(run(data))
+        numbers = ops.convert_to_numpy(compiled(data, [variable.value for variable in variables]))
         return dict(zip(paths, numbers, strict=True))
 
     return measured
@@ -93,16 +93,15 @@ def spectrum(conditioning: scope.Conditioning, call: KernelCall) -> tuple[Any, A
         rank = _ratio(ops.square(ops.sum(frequency)), ops.sum(ops.square(frequency)))
         return rank, _ratio(ops.max(frequency), call.damping), ops.zeros((), "float32")
     (rows,) = in_full_precision(ops.stop_gradient(call.rows.values))
-    form, transposed = plan.choose(call), ops.swapaxes(rows, -2, -1)
-    # A sum over rows, not a mean, as in the conditioner.
-    gram = matmul(transposed, rows) if form == plan.FEATURE else matmul(rows, transposed)
-    total, squares = trace(gram), ops.sum(gram * gram, axis=(-2, -1), keepdims=True)
-    damping = ops.cast(conditioning.damping, rows.dtype)
+    form, damping = plan.choose(call), ops.cast(conditioning.damping, rows.dtype)
     counts = call.rows.num_sampled, call.rows.num_valid
-    damping = summed_damping(total, damping, rows, *counts, conditioning.relative_damping)
-    fallbacks = backend.is_indefinite(gram, total, damping, is_root=form == plan.WOODBURY)
-    rank, eigenvalue = _ratio(total * total, squares), _ratio(_largest_eigenvalue(gram), damping)
-    return ops.mean(rank), ops.max(eigenvalue), ops.sum(ops.cast(fallbacks, "float32"))
+    damped, total, damping = gram_of(form, rows, damping, conditioning.relative_damping, *counts)
+    # A sum over rows, not a mean, as in the conditioner.
+    rows = transpose(rows) if form == plan.FEATURE else rows
+    gram = matmul(rows, transpose(rows))
+    _, fallbacks = (damped_inverse_root if form == plan.WOODBURY else damped_projection)(damped, total, damping, rows)
+    rank = _ratio(total * total, ops.sum(gram * gram, axis=(-2, -1), keepdims=True))
+    return ops.mean(rank), ops.max(_ratio(_largest_eigenvalue(gram), damping)), ops.sum(ops.cast(fallbacks, "float32"))
 
 
 def _largest_eigenvalue(gram: Any) -> Any:
@@ -113,7 +112,9 @@ def _largest_eigenvalue(gram: Any) -> Any:
         for _ in range(3):
             power = matmul(power, power)
         power = power / _length(power)
-    return ops.sum(power * gram, axis=(-2, -1), keepdims=True) / ops.maximum(trace(power), _TINY)
+    return ops.sum(power * gram, axis=(-2, -1), keepdims=True) / ops.maximum(
+        ops.trace(power, axis1=-2, axis2=-1)[..., None, None], _TINY
+    )
 
 
 def _length(matrix: Any) -> Any:

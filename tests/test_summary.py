@@ -59,9 +59,7 @@ def test_a_step_computes_the_inverses_of_the_table(options, forms, monkeypatch):
     for name in ("sample_side", "condition"):
         # Without the traces that calls of the same shape share.
         monkeypatch.setattr(conditioner, name, inspect.unwrap(getattr(conditioner, name)))
-    # The short cut of eager PyTorch inverts without these.
-    monkeypatch.setattr(conditioner, "eager_projection", lambda *arguments: None)
-    for name in ("damped_inverse", "damped_inverse_root", "damped_projection"):
+    for name in ("damped_inverse_root", "damped_projection"):
         monkeypatch.setattr(conditioner, name, recording(getattr(conditioner, name)))
     x, y = sequences(num=4)
     model = capture_inputs(sequence_network())

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +15,22 @@ from keras_isaac.backend.elimination import gauss_jordan
 from keras_isaac.backend.layout import with_sharding
 
 if TYPE_CHECKING:
-    import keras
-
     from keras_isaac.curvature.operations import ProductFunctions
 
 IS_STATELESS = True
-TENSORS_TAKE_ATTRIBUTES = False
 # Stands in for a damping and a matrix that are both zero in float32.
 _TINY = 1e-37
 
 constant = jnp.asarray
 clip = jnp.clip
-stop_gradient = jax.lax.stop_gradient
+compiled = jax.jit
+transpose = operator.attrgetter("mT")
+segment_sum = jax.ops.segment_sum
+
+
+def traced_once(function: Callable) -> Callable:
+    """Returns `function`: tracing is cheap on JAX."""
+    return function
 
 
 def is_tracing(tensor: Any) -> bool:
@@ -61,110 +66,73 @@ def untraced(function: Callable) -> None:
     return None
 
 
-def traced_once(function: Callable) -> Callable:
-    """Returns `function`: tracing is cheap on JAX."""
-    return function
-
-
-def transpose(matrix: jax.Array) -> jax.Array:
-    """Returns a matrix `[..., m, n]` transposed."""
-    return jnp.swapaxes(matrix, -2, -1)
-
-
-def segment_sum(values: jax.Array, segments: jax.Array, num_segments: int) -> jax.Array:
-    """Returns the sums of the values of each segment, `[num_segments]`."""
-    return jax.ops.segment_sum(values, segments, num_segments)
-
-
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns `a @ b` in full precision: the default is bfloat16 on a TPU and TF32 on a GPU."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def trace(matrix: jax.Array) -> jax.Array:
-    """Returns the sum of the diagonal of `[..., k, k]`, as `[..., 1, 1]`."""
+def damped_gram(
+    rows: jax.Array, damping: jax.Array, count: int | jax.Array, is_relative: bool, is_root: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns λI + M for M = XXᵀ of rows X `[..., r, n]`, tr(M), and λ."""
+    rows = jax.lax.stop_gradient(rows)
+    matrix, size = matmul(rows, transpose(rows)), rows.shape[-2]
+    total = _trace_of_gram(rows, matrix)
+    damping = jnp.clip(damping * total / count, _TINY, 1 / _TINY) if is_relative else damping * count
+    floor = 4 if is_root else 1 / max(size, 1)
+    in_force = jnp.maximum(damping, jnp.finfo(rows.dtype).eps * floor * total + _TINY)
+    return matrix + in_force * jnp.eye(size, dtype=rows.dtype), total, damping
+
+
+@jax.jit
+def _trace_of_gram(rows: jax.Array, gram: jax.Array) -> jax.Array:
+    # On a GPU or a TPU the sum of the squares is fused with what reads the rows anyway; a slice is not.
+    return jax.lax.platform_dependent(
+        rows, gram, cpu=_trace, default=lambda rows, gram: jnp.sum(rows * rows, axis=(-2, -1), keepdims=True)
+    )
+
+
+def _trace(_: jax.Array, matrix: jax.Array) -> jax.Array:
     # A strided slice: XLA would read the whole matrix for a sum under a mask.
     size = matrix.shape[-1]
     diagonal = jnp.reshape(matrix, (*matrix.shape[:-2], size * size))[..., :: size + 1]
     return jnp.sum(diagonal, axis=-1)[..., None, None]
 
 
-@jax.jit
-def trace_of_gram(rows: jax.Array, gram: jax.Array) -> jax.Array:
-    """Returns tr(XXᵀ) of rows `[..., r, n]`, given XXᵀ or XᵀX, as `[..., 1, 1]`."""
-    # On a GPU or a TPU the sum of the squares is fused with what reads the rows anyway; a slice is not.
-    return jax.lax.platform_dependent(
-        rows,
-        gram,
-        cpu=lambda rows, gram: trace(gram),
-        default=lambda rows, gram: jnp.sum(rows * rows, axis=(-2, -1), keepdims=True),
-    )
-
-
-def relative_damping(damping: jax.Array, total: jax.Array, rank: int | jax.Array) -> jax.Array:
-    """Returns δ tr(M)/rank, above zero."""
-    return jnp.clip(damping * total / rank, _TINY, 1 / _TINY)
-
-
-def damped_projection(matrix: jax.Array, total: jax.Array, damping: jax.Array, rows: jax.Array) -> jax.Array:
-    """Returns λ (λI + M)⁻¹ X for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
-    projected = matmul(damping * _unguarded_inverse(matrix, total, damping), rows)
-    # The guard costs least on the product.
-    return jnp.where(jnp.isfinite(projected), projected, damping / (damping + total) * rows)
-
-
-def eager_projection(rows: jax.Array, factor: jax.Array, damping: jax.Array, is_relative: bool) -> None:
-    """Returns `None`: `damped_projection` is compiled."""
-    return None
-
-
-def damped_inverse(matrix: jax.Array, total: jax.Array, damping: jax.Array) -> jax.Array:
-    """Returns (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total`."""
-    inverse = _unguarded_inverse(matrix, total, damping)
-    return jnp.where(jnp.isfinite(inverse), inverse, jnp.eye(matrix.shape[-1], dtype=matrix.dtype) / (damping + total))
-
-
-def damped_inverse_root(matrix: jax.Array, total: jax.Array, damping: jax.Array, rows: jax.Array) -> jax.Array:
-    """Returns RF with RᵀR = (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
-    if not matrix.shape[-1]:
-        return rows
-    whitened = _whitened(with_sharding(matrix), total, damping, rows)
-    whitened = jnp.where(jnp.isfinite(whitened), whitened, rows / jnp.sqrt(damping + total))
-    return jnp.nan_to_num(whitened, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def is_indefinite(matrix: jax.Array, total: jax.Array, damping: jax.Array, is_root: bool = False) -> jax.Array:
-    """Returns for each matrix `[..., k, k]` whether a bound replaces its inverse, as `[...]`."""
-    if is_root:
-        identity = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-        inverse = _whitened(with_sharding(matrix), total, damping, identity)
-    else:
-        inverse = _unguarded_inverse(matrix, total, damping)
-    return ~jnp.all(jnp.isfinite(inverse), axis=(-2, -1))
-
-
-def _unguarded_inverse(matrix: jax.Array, total: jax.Array, damping: jax.Array) -> jax.Array:
+def damped_projection(
+    damped: jax.Array, total: jax.Array, damping: jax.Array, factor: jax.Array
+) -> tuple[jax.Array, bool | jax.Array]:
+    """Returns λ (λI + M)⁻¹ F for a factor `[..., r, m]`, and whether the bound replaces the inverse."""
+    if not damped.shape[-1]:
+        return factor, False
     # Every device computes the whole inverse. Split over devices, an elimination would communicate for every pivot.
-    return with_sharding(_inverse(with_sharding(matrix), total, damping)) if matrix.shape[-1] else matrix
+    inverse = with_sharding(_inverse(with_sharding(damped)))
+    is_finite = jnp.isfinite(inverse)
+    bound = damping / (damping + total) * jnp.eye(damped.shape[-1], dtype=damped.dtype)
+    return matmul(jnp.where(is_finite, damping * inverse, bound), factor), ~jnp.all(is_finite, axis=(-2, -1))
+
+
+def damped_inverse_root(
+    damped: jax.Array, total: jax.Array, damping: jax.Array, rows: jax.Array
+) -> tuple[jax.Array, bool | jax.Array]:
+    """Returns RX with RᵀR = (λI + M)⁻¹ for rows `[..., r, n]`, and whether the bound replaces R."""
+    if not damped.shape[-1]:
+        return rows, False
+    whitened = _whitened(with_sharding(damped), rows)
+    is_finite = jnp.isfinite(whitened)
+    bounded = jnp.where(is_finite, whitened, rows / jnp.sqrt(damping + total))
+    return jnp.nan_to_num(bounded, nan=0.0, posinf=0.0, neginf=0.0), ~jnp.all(is_finite, axis=(-2, -1))
 
 
 # Layers with matrices of the same shape share a trace. If a pivot is not positive, no entry is finite.
 @jax.jit
-def _inverse(matrix: jax.Array, total: jax.Array, damping: jax.Array) -> jax.Array:
-    damped = _damped(matrix, total, damping, 1 / matrix.shape[-1])
+def _inverse(damped: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(damped, cpu=gauss_jordan, default=_inverse_by_cholesky)
 
 
 @jax.jit
-def _whitened(matrix: jax.Array, total: jax.Array, damping: jax.Array, rows: jax.Array) -> jax.Array:
-    damped = _damped(matrix, total, damping, 4)
+def _whitened(damped: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(damped, rows, cpu=_whiten_by_elimination, default=_whiten_by_cholesky)
-
-
-def _damped(matrix: jax.Array, total: jax.Array, damping: jax.Array, floor: float) -> jax.Array:
-    """Returns λI + M for a λ of at least `floor` times the trace's epsilon."""
-    damping = jnp.maximum(damping, jnp.finfo(matrix.dtype).eps * floor * total + _TINY)
-    return matrix + damping * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
 
 
 def _inverse_by_cholesky(matrix: jax.Array) -> jax.Array:
@@ -279,9 +247,3 @@ def gradients_of(function: Callable, tensors: Sequence[jax.Array]) -> tuple[Any,
 
 # No variable is read after its update.
 barrier = list
-
-
-def compiled(measure: Callable, variables: "Sequence[keras.Variable]") -> Callable[[Any], Any]:
-    """Returns `measure(data, values)` as a function of the data, with the present values of the variables."""
-    jitted = jax.jit(measure)
-    return lambda data: jitted(data, [variable.value for variable in variables])

@@ -10,17 +10,14 @@ import tensorflow as tf
 from keras_isaac.backend.precision import parts_of, product_of_parts
 
 if TYPE_CHECKING:
-    import keras
-
     from keras_isaac.curvature.operations import ProductFunctions
 
 IS_STATELESS = False
-TENSORS_TAKE_ATTRIBUTES = True
 _TINY = 1e-37  # Stands in for a damping and a matrix that are both zero in float32.
 
 constant = tf.convert_to_tensor
 segment_sum = tf.math.unsorted_segment_sum
-stop_gradient = tf.stop_gradient
+compiled = functools.partial(tf.function, autograph=False)
 transpose = tf.linalg.matrix_transpose
 
 
@@ -94,63 +91,42 @@ def _truncate(tensor: tf.Tensor, mask: int) -> tf.Tensor:
     return tf.bitcast(tf.bitwise.bitwise_and(tf.bitcast(tensor, tf.int32), mask), tf.float32)
 
 
-def trace(matrix: tf.Tensor) -> tf.Tensor:
-    """Returns the sum of the diagonal of `[..., k, k]`, as `[..., 1, 1]`."""
+def damped_gram(
+    rows: tf.Tensor, damping: Any, count: int | tf.Tensor, is_relative: bool, is_root: bool = False
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Returns λI + M for M = XXᵀ of rows X `[..., r, n]`, tr(M), and λ."""
+    rows = tf.stop_gradient(rows)
+    matrix, size, dtype = matmul(rows, transpose(rows)), tf.shape(rows)[-2], rows.dtype
     # `keras.ops.trace` reads the whole matrix.
-    return tf.linalg.trace(matrix)[..., None, None]
+    total = tf.linalg.trace(matrix)[..., None, None]
+    damping, count = tf.convert_to_tensor(damping, dtype), tf.cast(count, dtype)
+    damping = tf.clip_by_value(damping * total / count, _TINY, 1 / _TINY) if is_relative else damping * count
+    floor = 4 if is_root else 1 / tf.cast(size, dtype)
+    epsilon = dtype.as_numpy_dtype(2.0 ** (-52 if dtype == tf.float64 else -23))
+    in_force = tf.maximum(damping, epsilon * floor * total + _TINY)
+    return matrix + in_force * tf.eye(size, dtype=dtype), total, damping
 
 
-def trace_of_gram(rows: tf.Tensor, gram: tf.Tensor) -> tf.Tensor:
-    """Returns tr(XXᵀ) of rows `[..., r, n]`, given XXᵀ or XᵀX, as `[..., 1, 1]`."""
-    return trace(gram)
-
-
-def relative_damping(damping: Any, total: tf.Tensor, rank: int | tf.Tensor) -> tf.Tensor:
-    """Returns δ tr(M)/rank, above zero."""
-    return tf.clip_by_value(damping * total / tf.cast(rank, total.dtype), _TINY, 1 / _TINY)
-
-
-def damped_projection(matrix: tf.Tensor, total: tf.Tensor, damping: Any, rows: tf.Tensor) -> tf.Tensor:
-    """Returns λ (λI + M)⁻¹ X for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
-    return matmul(damping * damped_inverse(matrix, total, damping), rows)
-
-
-def is_indefinite(matrix: tf.Tensor, total: tf.Tensor, damping: Any, is_root: bool = False) -> tf.Tensor:
-    """Returns for each matrix `[..., k, k]` whether a bound replaces its inverse, as `[...]`."""
-    floor = 4 if is_root else 1 / tf.cast(tf.shape(matrix)[-1], matrix.dtype)
-    damped, _ = _damped(matrix, total, tf.convert_to_tensor(damping, matrix.dtype), floor)
-    return ~tf.reduce_all(tf.math.is_finite(tf.linalg.cholesky(damped)), axis=(-2, -1))
-
-
-def eager_projection(rows: tf.Tensor, factor: tf.Tensor, damping: Any, is_relative: bool) -> None:
-    """Returns `None`: `damped_projection` is compiled."""
-    return None
-
-
-def damped_inverse(matrix: tf.Tensor, total: tf.Tensor, damping: Any) -> tf.Tensor:
-    """Returns (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total`."""
-    damping = tf.convert_to_tensor(damping, matrix.dtype)
-    damped, identity = _damped(matrix, total, damping, 1 / tf.cast(tf.shape(matrix)[-1], matrix.dtype))
-    root = tf.linalg.triangular_solve(tf.linalg.cholesky(damped), tf.broadcast_to(identity, tf.shape(matrix)))
-    inverse = matmul(tf.linalg.matrix_transpose(root), root)
+def damped_projection(
+    damped: tf.Tensor, total: tf.Tensor, damping: tf.Tensor, factor: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns λ (λI + M)⁻¹ F for a factor `[..., r, m]`, and whether the bound replaces the inverse."""
+    identity = tf.eye(tf.shape(damped)[-1], dtype=damped.dtype)
+    root = tf.linalg.triangular_solve(tf.linalg.cholesky(damped), tf.broadcast_to(identity, tf.shape(damped)))
+    inverse = matmul(transpose(root), root)
     # Where the factorization failed, no entry is finite.
-    return tf.where(tf.math.is_finite(inverse[..., -1:, -1:]), inverse, identity / (damping + total))
+    failed = ~tf.math.is_finite(inverse[..., -1:, -1:])
+    return matmul(damping * tf.where(failed, identity / (damping + total), inverse), factor), failed
 
 
-def damped_inverse_root(matrix: tf.Tensor, total: tf.Tensor, damping: Any, rows: tf.Tensor) -> tf.Tensor:
-    """Returns RF with RᵀR = (λI + M)⁻¹ for a matrix `[..., k, k]` of the trace `total` and rows `[..., k, n]`."""
-    damping = tf.convert_to_tensor(damping, matrix.dtype)
-    damped, identity = _damped(matrix, total, damping, 4)
-    factor, bound = tf.linalg.cholesky(damped), damping + total
-    factor = tf.where(tf.math.is_finite(factor[..., -1:, -1:]), factor, tf.where(identity > 0, tf.sqrt(bound), 0.0))
-    return tf.where(tf.math.is_finite(bound), tf.linalg.triangular_solve(factor, rows), 0.0)
-
-
-def _damped(matrix: tf.Tensor, total: tf.Tensor, damping: Any, floor: Any) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns λI + M for a λ of at least `floor` times the trace's epsilon, and I."""
-    identity = tf.eye(tf.shape(matrix)[-1], dtype=matrix.dtype)
-    epsilon = matrix.dtype.as_numpy_dtype(2.0 ** (-52 if matrix.dtype == tf.float64 else -23))
-    return matrix + tf.maximum(damping, epsilon * floor * total + _TINY) * identity, identity
+def damped_inverse_root(
+    damped: tf.Tensor, total: tf.Tensor, damping: tf.Tensor, rows: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns RX with RᵀR = (λI + M)⁻¹ for rows `[..., r, n]`, and whether the bound replaces R."""
+    root, bound = tf.linalg.cholesky(damped), damping + total
+    failed = ~tf.math.is_finite(root[..., -1:, -1:])
+    root = tf.where(failed, tf.sqrt(bound) * tf.eye(tf.shape(damped)[-1], dtype=damped.dtype), root)
+    return tf.where(tf.math.is_finite(bound), tf.linalg.triangular_solve(root, rows), 0.0), failed
 
 
 def _is_mapped() -> bool:
@@ -254,8 +230,3 @@ def barrier(gradients: Sequence[Any]) -> list[Any]:
     wait = tf.function(lambda tensors: tensors, autograph=False, experimental_attributes={"_noinline": True})
     present = iter(wait([gradient for gradient in gradients if gradient is not None]))
     return [None if gradient is None else next(present) for gradient in gradients]
-
-
-def compiled(measure: Callable, variables: "Sequence[keras.Variable]") -> Callable[[Any], Any]:
-    """Returns `measure(data, values)` as a function of the data, with the present values of the variables."""
-    return tf.function(lambda data: measure(data, [variable.value for variable in variables]), autograph=False)

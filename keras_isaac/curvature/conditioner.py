@@ -27,19 +27,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_isaac.backend import (
-    clip,
-    damped_inverse,
-    damped_inverse_root,
-    damped_projection,
-    eager_projection,
-    matmul,
-    relative_damping,
-    stop_gradient,
-    trace_of_gram,
-    traced_once,
-    transpose,
-)
+from keras_isaac.backend import clip, damped_gram, damped_inverse_root, damped_projection, matmul, traced_once, transpose
 from keras_isaac.curvature import plan
 
 
@@ -58,39 +46,21 @@ def sample_side(rows: Any, output_gradient: Any, damping: Any, is_relative: bool
         Tensor `[..., in, out]`, float32 or float64. Zero if XXᵀ overflows (entries of rows beyond 1e18).
     """
     rows, output_gradient, damping = in_full_precision(rows, output_gradient, damping)
+    gram = gram_of(plan.SAMPLE, rows, damping, is_relative)
     # P is multiplied into the narrower of the two factors.
     if rows.shape[-1] <= output_gradient.shape[-1]:
-        return transpose(_projected(rows, rows, damping, is_relative)) @ output_gradient
-    return transpose(rows) @ _projected(rows, output_gradient, damping, is_relative)
-
-
-def _projected(rows: Any, factor: Any, damping: Any, is_relative: bool) -> Any:
-    """Returns P times a factor `[..., rows, columns]`."""
-    projected = eager_projection(rows, factor, damping, is_relative)
-    return damped_projection(*_sample_gram(rows, damping, is_relative), factor) if projected is None else projected
+        return transpose(damped_projection(*gram, rows)[0]) @ output_gradient
+    return transpose(rows) @ damped_projection(*gram, output_gradient)[0]
 
 
 @traced_once
 def sample_side_tangent(rows: Any, kernel_tangent: Any, damping: Any, is_relative: bool = False) -> Any:
     """Returns P X dW, the tangent of `rows @ kernel` for a tangent `[..., in, out]` of the kernel. Its transpose is XᵀPG."""
     rows, kernel_tangent, damping = in_full_precision(rows, kernel_tangent, damping)
-    gram = _sample_gram(rows, damping, is_relative)
+    gram = gram_of(plan.SAMPLE, rows, damping, is_relative)
     if rows.shape[-1] <= kernel_tangent.shape[-1]:
-        return damped_projection(*gram, rows) @ kernel_tangent
-    matrix, total, damping = gram
-    return matmul(damping * damped_inverse(matrix, total, damping), rows @ kernel_tangent)
-
-
-def _sample_gram(rows: Any, damping: Any, is_relative: bool) -> tuple[Any, Any, Any]:
-    """Returns XXᵀ, its trace, and the damping to add to it, from which P = λ (λI + XXᵀ/r)⁻¹ is formed.
-
-    The authors form P as `I - M (λI + M)⁻¹`, which is the same matrix, but loses precision for small λ.
-    """
-    # The curvature is a constant of the step: no derivative is taken of it.
-    rows = stop_gradient(rows)
-    gram = matmul(rows, transpose(rows))
-    total = trace_of_gram(rows, gram)
-    return gram, total, summed_damping(total, damping, rows, None, None, is_relative)
+        return damped_projection(*gram, rows)[0] @ kernel_tangent
+    return damped_projection(*gram, rows @ kernel_tangent)[0]
 
 
 @traced_once
@@ -125,7 +95,7 @@ def condition(
     """
     dtype = gradient.dtype
     rows, gradient, damping = in_full_precision(rows, gradient, damping)
-    arguments = (gradient, stop_gradient(rows), damping, num_sampled, num_valid, is_relative)
+    arguments = (gradient, ops.stop_gradient(rows), damping, is_relative, num_sampled, num_valid)
     if form is None:
         few, many = (functools.partial(function, *arguments) for function in (_woodbury, _feature_side))
         result = if_at_most(rows.shape[-1] - 1, rows, few, many)
@@ -134,25 +104,19 @@ def condition(
     return cast(result, dtype)
 
 
-def _woodbury(gradient: Any, rows: Any, damping: Any, num_sampled: Any, num_valid: Any, is_relative: bool) -> Any:
-    """Returns ∇ - (RF)ᵀ RF∇ with RᵀR = (sλI + FFᵀ)⁻¹, for few rows."""
-    # Subtracts two nearly equal terms, so it is inaccurate where λ shrinks the gradient below float precision.
-    gram = matmul(rows, transpose(rows))
-    # The inverse itself loses precision if rows are nearly linearly dependent, with errors as large as the gradient; its root
-    # does not. If FFᵀ is not finite, the gradient is returned unchanged.
-    total = trace_of_gram(rows, gram)
-    damping = summed_damping(total, damping, rows, num_sampled, num_valid, is_relative)
-    whitened = damped_inverse_root(gram, total, damping, rows)
+def _woodbury(gradient: Any, rows: Any, *arguments: Any) -> Any:
+    """Returns ∇ - (RF)ᵀ RF∇ with RᵀR = (sλI + FFᵀ)⁻¹, for few rows; the arguments are those of `gram_of`."""
+    # Subtracts two nearly equal terms, so it is inaccurate where λ shrinks the gradient below float precision. The inverse
+    # itself loses precision if rows are nearly linearly dependent, with errors as large as the gradient; its root does not. If
+    # FFᵀ is not finite, the gradient is returned unchanged.
+    whitened, _ = damped_inverse_root(*gram_of(plan.WOODBURY, rows, *arguments), rows)
     # The smaller factor is negated, and so it is in the transpose of this linear map.
     return gradient + matmul(transpose(whitened), -matmul(whitened, gradient))
 
 
-def _feature_side(gradient: Any, rows: Any, damping: Any, num_sampled: Any, num_valid: Any, is_relative: bool) -> Any:
+def _feature_side(gradient: Any, rows: Any, *arguments: Any) -> Any:
     """Returns sλ (sλI + FᵀF)⁻¹ ∇, for many rows."""
-    gram = matmul(transpose(rows), rows)
-    total = trace_of_gram(rows, gram)
-    damping = summed_damping(total, damping, rows, num_sampled, num_valid, is_relative)
-    return matmul(damping * damped_inverse(gram, total, damping), gradient)
+    return damped_projection(*gram_of(plan.FEATURE, rows, *arguments), gradient)[0]
 
 
 def condition_product(rows: Any, output_gradient: Any, damping: Any, form: str | None, is_relative: bool, dtype: Any) -> Any:
@@ -205,25 +169,25 @@ def if_at_most(limit: int, rows: Any, few: Callable[[], Any], many: Callable[[],
     return ops.cond(ops.shape(rows)[-2] <= limit, few, many)
 
 
-def summed_damping(total: Any, damping: Any, rows: Any, num_sampled: Any, num_valid: Any, is_relative: bool) -> Any:
-    """Returns the damping to add to a Gram matrix of the trace `total`, a sum over s rows: λs, or δ tr(M)/rank.
+def gram_of(
+    form: str | None, rows: Any, damping: Any, is_relative: bool, num_sampled: Any = None, num_valid: Any = None
+) -> tuple[Any, Any, Any]:
+    """Returns the matrix that a form inverts, as `backend.damped_gram` does: rλI + XXᵀ, or rλI + XᵀX on the feature side.
 
-    The rank is that of all the layer's rows, so that the unit of δ does not depend on how many of them are sampled.
+    For a relative damping δ, rλ is δ tr(M)/rank. The rank is that of all the layer's rows, so that the unit of δ does not
+    depend on how many of them are sampled. The authors form P = λ (λI + XXᵀ/r)⁻¹ as `I - M (λI + M)⁻¹`, which is the same
+    matrix, but loses precision for small λ.
     """
-    num_sampled = _count(num_sampled, rows)
-    if not is_relative:
-        return damping * num_sampled
-    num_valid = num_sampled if num_valid is None else _count(num_valid, rows)
-    num_in = rows.shape[-1]
-    rank = min(num_valid, num_in) if isinstance(num_valid, int) else clip(num_valid, 1, num_in)
-    return relative_damping(damping, total, rank)
-
-
-def _count(count: Any, rows: Any) -> Any:
-    """Returns a number of rows, at least one; `None` means the number of `rows`."""
+    count = num_sampled if num_valid is None or not is_relative else num_valid
     if count is None:
-        count = rows.shape[-2] if rows.shape[-2] is not None else ops.shape(rows)[-2]
-    return max(count, 1) if isinstance(count, int) else clip(ops.cast(count, rows.dtype), 1)
+        count = ops.shape(rows)[-2] if rows.shape[-2] is None else rows.shape[-2]
+    limit = rows.shape[-1] if is_relative else None
+    if isinstance(count, int):
+        count = max(count if limit is None else min(count, limit), 1)
+    else:
+        count = clip(ops.cast(count, rows.dtype), 1, limit)
+    sides = transpose(rows) if form == plan.FEATURE else rows
+    return damped_gram(sides, damping, count, is_relative, form == plan.WOODBURY)
 
 
 def in_full_precision(rows: Any, *others: Any) -> list[Any]:

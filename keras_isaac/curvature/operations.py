@@ -47,7 +47,7 @@ def conditioned_kernel(kernel: Any, rows: Rows, form: str | None, conditioning: 
     condition = functools.partial(
         _condition_finished, static_counts=counts if is_static else None, form=form, conditioning=conditioning
     )
-    residuals = (backend.stop_gradient(rows.values), conditioning.damping, *((None, None) if is_static else counts))
+    residuals = (ops.stop_gradient(rows.values), conditioning.damping, *((None, None) if is_static else counts))
     return backend.gate(kernel, residuals, condition, is_linear=not conditioning.preserve_norm)
 
 
@@ -131,7 +131,7 @@ def _matmul_with_outputs(inputs: Any, kernel: Any, rows: Rows, form: str | None,
     def multiply(inputs: Any, kernel: Any, *_: Any) -> Any:
         return inputs @ kernel
 
-    values = backend.stop_gradient(rows.values)
+    values = ops.stop_gradient(rows.values)
     return backend.with_gradients(multiply, gradients, inputs, kernel, conditioning.damping, output_damping, values)
 
 
@@ -143,7 +143,7 @@ def scaled_gradient(tensor: Any, scale: Any) -> Any:
         (full,) = conditioner.in_full_precision(gradient)
         return conditioner.cast(full * conditioner.cast(scale, full.dtype), gradient.dtype)
 
-    return backend.gate(tensor, (backend.stop_gradient(scale),), condition)
+    return backend.gate(tensor, (ops.stop_gradient(scale),), condition)
 
 
 def scaled_gradient_of_norm(tensor: Any, scale: Any) -> Any:
@@ -153,4 +153,4 @@ def scaled_gradient_of_norm(tensor: Any, scale: Any) -> Any:
         full, scale = conditioner.in_full_precision(output_gradient, scale)
         return conditioner.cast(conditioner.with_norm_of(full, full * scale), tensor.dtype), None
 
-    return backend.with_gradients(lambda tensor, scale: tensor * 1, gradients, tensor, backend.stop_gradient(scale))
+    return backend.with_gradients(lambda tensor, scale: tensor * 1, gradients, tensor, ops.stop_gradient(scale))

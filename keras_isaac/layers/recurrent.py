@@ -149,7 +149,7 @@ class _LateKernel:
 
 def _route_gradient(results: Any, probe: Any, features: Any) -> Any:
     """Returns `results`, a nest of tensors; a gradient that passes through them adds the features to the probe's gradient."""
-    features = backend.stop_gradient(ops.cast(features, probe.dtype))
+    features = ops.stop_gradient(ops.cast(features, probe.dtype))
     message = ops.concatenate([features, ops.ones_like(features[..., :1])], axis=-1)
     return keras.tree.pack_sequence_as(results, list(_routing(keras.tree.flatten(results), probe, message)))
 
