@@ -10,7 +10,6 @@ from keras_isaac.captured_layer import choice_of
 from keras_isaac.curvature.record import SPARSE
 from keras_isaac.keras_hooks import quantization
 from keras_isaac.layers import adapter_of, kernels_of
-from keras_isaac.layers.dense import DenseAdapter
 from keras_isaac.layers.products import is_sparse
 from keras_isaac.optimizer_wrapper import has_several, isaacs_in
 from keras_isaac.selection import walk
@@ -139,7 +138,7 @@ def _reason(variable: keras.Variable, layer: keras.Layer, is_read: bool) -> str 
         return "the layer computes its kernel from it"
     if not is_read:
         return "does not multiply the layer's inputs"
-    if adapter is DenseAdapter:
+    if type(layer).call is keras.layers.Dense.call:
         # A layer outside a functional model has no `input`, nor has one that is called several times.
         with contextlib.suppress(AttributeError, ValueError):
             return SPARSE if is_sparse(layer.input) else None

@@ -196,6 +196,13 @@ RECURRENT = [
     ),
     Case("steps-conv1d-causal", lambda: steps_of(layers.Conv1D(2, 3, padding="causal")), (2, 3, 5, 2), time_distributed),
     Case("steps-conv2d-groups", lambda: steps_of(layers.Conv2D(4, 2, groups=2)), (2, 3, 4, 3, 4), time_distributed),
+    Case(
+        "steps-conv2d-groups-lora",
+        lambda: steps_of(layers.Conv2D(4, 2, groups=2)),
+        (2, 3, 4, 3, 4),
+        time_distributed,
+        prepare=lambda layer: layer.layer.enable_lora(2),
+    ),
 ]
 
 CASES = PRODUCTS + RECURRENT

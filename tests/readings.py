@@ -267,4 +267,6 @@ def time_distributed(layer, inputs, mask=None):
     """Every step that counts gives the rows of the layer inside."""
     wrapped, steps = layer.layer, inputs[np.ones(inputs.shape[:2], "bool") if mask is None else mask]
     read = dense if isinstance(wrapped, layers.Dense) else conv
-    return (lora(read) if wrapped.lora_enabled else read)(wrapped, steps)
+    if wrapped.lora_enabled:
+        read = lora(dense) if read is dense else conv_of_groups_with_lora
+    return read(wrapped, steps)

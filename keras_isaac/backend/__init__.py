@@ -1,27 +1,25 @@
 """What differs between backends: one module for each, with the functions below.
 
-Products and inverses:
+Products and inverses, of rows X `[..., r, n]` and M = XXᵀ:
 
 - `matmul(a, b)`: a product of float32 or float64 in full precision, whatever the backend's default for products is.
-- `trace(matrix)`: the sum of the diagonal of `[..., k, k]`, as `[..., 1, 1]`.
-- `trace_of_gram(rows, gram)`: tr(M) for M = XXᵀ or XᵀX, as a number or as what broadcasts to `[..., 1, 1]`; so are dampings
-  below.
-- `relative_damping(damping, total, rank)`: δ tr(M)/rank, above zero.
-- `damped_projection(matrix, total, damping, rows)`: λ (λI + M)⁻¹ X, `total` being tr(M).
-- `eager_projection(rows, factor, damping, is_relative)`: λ (λI + XXᵀ/r)⁻¹ times a factor for rows X, in fewer operations, where
-  a backend is eager; else `None`.
-- `damped_inverse(matrix, total, damping)`: (λI + M)⁻¹.
-- `damped_inverse_root(matrix, total, damping, rows)`: RF with RᵀR = (λI + M)⁻¹, R the inverse of the Cholesky factor.
-- `transpose(matrix)`, `stop_gradient(tensor)`: as in `keras.ops`.
+- `transpose(matrix)`: of the last two axes.
+- `damped_gram(rows, damping, count, is_relative, is_root=False)`: λI + M, tr(M), and λ = damping · count, or, if relative,
+  damping · tr(M) / count. The last two are numbers or tensors that broadcast to `[..., 1, 1]`. No derivative is taken of them.
+- `damped_projection(damped, total, damping, factor)`, given those three: λ (λI + M)⁻¹ F, linear in F `[..., r, m]`.
+- `damped_inverse_root(damped, total, damping, rows)`, likewise with `is_root=True`: RX with RᵀR = (λI + M)⁻¹, R the inverse of
+  the Cholesky factor.
+
+No inverse raises. A damping below what the dtype resolves is raised to it in the matrix: to the mean eigenvalue's epsilon for
+the inverse, to four epsilons of the trace for the root. If M is still numerically indefinite, the lower bound 1/(λ + tr M)
+replaces the inverse: the step is then the plain gradient, shortened. The second result of both functions says for which
+matrices. If M overflows, the first is zero. If M is NaN, so is the projection, and the root is zero.
+
+Tensors:
+
 - `constant(array)`: a tensor of a NumPy array.
 - `clip(tensor, minimum, maximum)`: the tensor, its values held between two numbers, which are not copied to the device.
-- `traced_once(function)`: the function, traced once for all calls of the same shapes where that saves time.
 - `segment_sum(values, segments, num_segments)`: the sums of the values of each segment.
-
-No inverse raises. A damping below what the dtype resolves is raised to it: to the mean eigenvalue's epsilon in the inverse,
-to four epsilons of the trace in the root. If M is still numerically indefinite, the lower bound 1/(λ + tr M) replaces the
-inverse: the step is then the plain gradient, shortened. If M overflows, the result is zero. If M is NaN, so is the result,
-except for `damped_inverse_root`, which returns zero.
 
 Derivatives:
 
@@ -34,7 +32,7 @@ Derivatives:
 State:
 
 - `IS_STATELESS`: whether a step is a function of the values of all variables, which replace the variables while it is traced.
-- `TENSORS_TAKE_ATTRIBUTES`: whether a tensor can be given an attribute, also while it is traced.
+  A tensor cannot be given an attribute then.
 - `is_tracing(tensor)`: whether Python runs for the step that computes with a tensor: in every step on PyTorch, elsewhere only
   while it is compiled. An eager call on TensorFlow and JAX may be part of a step whose other parts were compiled before.
 - `barrier(gradients)`: the gradients, each available only once all of them are. A variable may be updated then.
@@ -43,12 +41,11 @@ State:
   not known any more; an empty tuple elsewhere.
 - `untraced(function)`: a function that keeps traces (`tf.function`), without them; `None` for any other.
 
-Measuring:
+Compiling and measuring:
 
+- `traced_once(function)`: the function, traced once for all calls of the same shapes where that saves time.
+- `compiled(function)`: a function of nested tensors, compiled where the backend compiles.
 - `gradients_of(function, tensors)`: the second result of `function`, and the gradients of its first, a loss.
-- `is_indefinite(matrix, total, damping, is_root)`: for each matrix, whether that bound replaces its inverse or root.
-- `compiled(measure, variables)`: `measure(data, values)` as a function of the data; `values` are the current values of the
-  variables.
 """
 
 import importlib

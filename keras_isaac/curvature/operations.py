@@ -13,7 +13,8 @@ from keras import ops
 
 from keras_isaac import backend
 from keras_isaac.curvature import conditioner, plan
-from keras_isaac.curvature.rows import Rows, condensed, product_rows
+from keras_isaac.curvature.record import KernelCall
+from keras_isaac.curvature.rows import Rows, condensed, num_read, product_rows
 from keras_isaac.scope import Conditioning
 
 
@@ -32,15 +33,22 @@ class ProductFunctions:
     gate: Callable
 
 
-def conditioned_kernel(kernel: Any, rows: Rows, form: str | None, conditioning: Conditioning) -> Any:
-    """Returns `kernel`; its gradient is conditioned on `rows` when it is finished.
+def conditioned(matrix: Any, conditioning: Conditioning, rows: Rows) -> Any:
+    """Returns a kernel; its gradient is conditioned on rows when the backward pass has finished it.
 
     Args:
-        kernel: tensor `[..., in, out]`.
-        rows: `Rows`; no gradient flows into them.
-        form: what `plan.choose` returned.
+        matrix: tensor `[(groups,) in, out]`, the kernel.
         conditioning: the `Conditioning` in force.
+        rows: `Rows` of the layer's inputs; no gradient flows into them.
     """
+    conditioning.refuse_outputs()
+    rows = condensed(rows, tuple(matrix.shape), conditioning)
+    call = KernelCall(tuple(matrix.shape), rows)
+    conditioning.note(call)
+    return _gated(matrix, rows, plan.choose(call), conditioning)
+
+
+def _gated(kernel: Any, rows: Rows, form: str | None, conditioning: Conditioning) -> Any:
     # Numbers are part of the function; tensors are saved for the backward pass.
     counts = rows.num_sampled, rows.num_valid
     is_static = isinstance(rows.num_sampled, int) and isinstance(rows.num_valid, int)
@@ -68,24 +76,28 @@ def _condition_finished(
     return conditioner.with_norm_of(gradient, conditioned) if conditioning.preserve_norm else conditioned
 
 
-def conditioned_matmul(
-    inputs: Any, kernel: Any, rows: Rows, has_product: bool, form: str | None, conditioning: Conditioning
-) -> Any:
-    """Returns `inputs @ kernel`; the kernel's gradient is conditioned in the backward pass of the product.
+def conditioned_matmul(inputs: Any, kernel: Any, conditioning: Conditioning, rows: Rows, is_whole: bool) -> Any:
+    """Returns `inputs @ kernel`; the kernel's gradient is conditioned, in the backward pass of the product where possible.
 
     Args:
         inputs: tensor `[..., rows, in]`, all rows of the product.
         kernel: tensor `[..., in, out]`.
-        rows: `Rows`, which the kernel is conditioned on.
-        has_product: boolean, whether they are all rows of the product.
-        form: what `plan.choose` returned for them.
         conditioning: the `Conditioning` in force.
+        rows: `Rows` of the inputs.
+        is_whole: boolean, whether they are all rows of the inputs.
     """
-    if conditioning.output_damping is not None:
+    shape, has_outputs = tuple(kernel.shape), conditioning.output_damping is not None
+    # The norm is known only once the gradient is finished.
+    has_product = is_whole and (has_outputs or not conditioning.preserve_norm)
+    call = KernelCall(shape, rows, has_product, _num_output_rows(inputs, shape, conditioning, rows) if has_outputs else None)
+    if conditioning.record is not None:
+        conditioning.note(call)
+    form = plan.choose(call)
+    if has_outputs:
         return _matmul_with_outputs(inputs, kernel, rows, form, conditioning)
     if not (has_product and form in (plan.SAMPLE, None)):
         # `keras.ops.matmul` returns float32 for float64 on PyTorch.
-        return inputs @ conditioned_kernel(kernel, rows, form, conditioning)
+        return inputs @ _gated(kernel, rows, form, conditioning)
     is_relative, dtype = conditioning.relative_damping, kernel.dtype
 
     def tangent(inputs: Any, kernel_tangent: Any, damping: Any) -> Any:
@@ -94,9 +106,17 @@ def conditioned_matmul(
     condition = functools.partial(conditioner.condition_product, form=form, is_relative=is_relative, dtype=dtype)
 
     def gate(kernel: Any, inputs: Any, damping: Any) -> Any:
-        return conditioned_kernel(kernel, rows._replace(values=inputs), None, conditioning)
+        return _gated(kernel, rows._replace(values=inputs), None, conditioning)
 
     return backend.product(inputs, kernel, (conditioning.damping,), ProductFunctions(tangent, condition, gate))
+
+
+def _num_output_rows(inputs: Any, shape: tuple[int, ...], conditioning: Conditioning, rows: Rows) -> int | None:
+    num_rows = inputs.shape[-2]
+    if not rows.is_shared or num_rows is None:
+        return num_rows
+    num_sums = plan.num_kept(rows.num_total, shape[-1], shape[-2], conditioning.max_rows)
+    return min(num_rows, num_read(conditioning), num_sums)
 
 
 def _matmul_with_outputs(inputs: Any, kernel: Any, rows: Rows, form: str | None, conditioning: Conditioning) -> Any:
@@ -124,7 +144,7 @@ def _matmul_with_outputs(inputs: Any, kernel: Any, rows: Rows, form: str | None,
             conditioned = conditioner.with_norm_of(plain, conditioned)
         # The gradient that reaches the kernel through the input gradient is conditioned too.
         inputs_only = dataclasses.replace(conditioning, damping=damping, output_damping=None)
-        gated = conditioned_kernel(kernel, rows._replace(values=values), None, inputs_only)
+        gated = _gated(kernel, rows._replace(values=values), None, inputs_only)
         inputs_gradient = output_gradient @ backend.transpose(gated)
         return inputs_gradient, conditioner.cast(conditioned, kernel.dtype), None, None, None
 

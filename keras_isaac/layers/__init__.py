@@ -11,51 +11,37 @@ from typing import Any, Protocol
 
 import keras
 
+from keras_isaac.curvature.operations import conditioned
 from keras_isaac.curvature.rows import sampled_rows
 from keras_isaac.keras_hooks import call_with, mask_of
 from keras_isaac.layers.convolution import ConvAdapter, ConvTransposeAdapter, SeparableConvAdapter
 from keras_isaac.layers.dense import DenseAdapter
 from keras_isaac.layers.einsum import EinsumDenseAdapter
 from keras_isaac.layers.embedding import EmbeddingAdapter, ReversibleEmbeddingAdapter
-from keras_isaac.layers.products import ConditioningOf, conditioned
+from keras_isaac.layers.products import ConditioningOf
 from keras_isaac.layers.recurrent import BidirectionalAdapter, RNNAdapter
 from keras_isaac.layers.registered import RegisteredAdapter
 from keras_isaac.layers.time_distributed import TimeDistributedAdapter
 
 __all__ = ["call_with", "conditioned", "mask_of", "register_adapter", "register_layer", "sampled_rows"]
 
-_KINDS = {
-    "Dense": DenseAdapter,
+_KINDS: dict[str, Any] = {
+    "Dense": DenseAdapter(),
     # Multiplies by a kernel that it computes from the trained one, whose whole gradient is conditioned when it is finished.
-    "TernaryDense": RegisteredAdapter("TernaryDense").add("kernel", lambda layer, inputs: inputs),
-    "EinsumDense": EinsumDenseAdapter,
-    "Conv1D": ConvAdapter,
-    "Conv2D": ConvAdapter,
-    "Conv3D": ConvAdapter,
-    "DepthwiseConv1D": ConvAdapter,
-    "DepthwiseConv2D": ConvAdapter,
-    "SeparableConv1D": SeparableConvAdapter,
-    "SeparableConv2D": SeparableConvAdapter,
-    "Conv1DTranspose": ConvTransposeAdapter,
-    "Conv2DTranspose": ConvTransposeAdapter,
-    "Conv3DTranspose": ConvTransposeAdapter,
-    "Embedding": EmbeddingAdapter,
-    "ReversibleEmbedding": ReversibleEmbeddingAdapter,
-    "RNN": RNNAdapter,
-    "SimpleRNN": RNNAdapter,
-    "LSTM": RNNAdapter,
-    "GRU": RNNAdapter,
-    "ConvLSTM1D": RNNAdapter,
-    "ConvLSTM2D": RNNAdapter,
-    "ConvLSTM3D": RNNAdapter,
-    "Bidirectional": BidirectionalAdapter,
-    "TimeDistributed": TimeDistributedAdapter,
+    "TernaryDense": RegisteredAdapter("TernaryDense", kernel=(lambda layer, inputs: inputs, False)),
+    "EinsumDense": EinsumDenseAdapter(),
+    **dict.fromkeys(("Conv1D", "Conv2D", "Conv3D", "DepthwiseConv1D", "DepthwiseConv2D"), ConvAdapter()),
+    **dict.fromkeys(("SeparableConv1D", "SeparableConv2D"), SeparableConvAdapter()),
+    **dict.fromkeys(("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"), ConvTransposeAdapter()),
+    "Embedding": EmbeddingAdapter(),
+    "ReversibleEmbedding": ReversibleEmbeddingAdapter(),
+    **dict.fromkeys(("RNN", "SimpleRNN", "LSTM", "GRU", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"), RNNAdapter()),
+    "Bidirectional": BidirectionalAdapter(),
+    "TimeDistributed": TimeDistributedAdapter(),
 }
 # Keyed by the layer's `call` function: a subclass that overrides `call` is another kind of layer. Older versions of Keras lack
 # some of them.
-_ADAPTERS: dict[Any, Any] = {
-    getattr(keras.layers, name).call: adapter for name, adapter in _KINDS.items() if hasattr(keras.layers, name)
-}
+_ADAPTERS = {getattr(keras.layers, name).call: adapter for name, adapter in _KINDS.items() if hasattr(keras.layers, name)}
 
 
 def register_layer(layer_class: type[keras.Layer], kernel: str, rows: Callable[[Any, Any], Any], groups: bool = False) -> None:
@@ -90,8 +76,7 @@ def register_layer(layer_class: type[keras.Layer], kernel: str, rows: Callable[[
     >>> register_layer(Scores, kernel="weight", rows=lambda layer, inputs: inputs)
     >>> layer = capture_inputs(Scores())
     """
-    if not (isinstance(layer_class, type) and issubclass(layer_class, keras.Layer)):
-        raise TypeError(f"`layer_class` must be a subclass of `keras.Layer`. Received: layer_class={layer_class!r}")
+    _check_is_layer(layer_class)
     if not isinstance(kernel, str) or not callable(rows):
         raise TypeError(
             "`kernel` must be the name of an attribute and `rows` a function of the layer and its inputs. "
@@ -101,7 +86,7 @@ def register_layer(layer_class: type[keras.Layer], kernel: str, rows: Callable[[
     adapter = _ADAPTERS.get(layer_class.call)
     if not isinstance(adapter, RegisteredAdapter):
         adapter = _ADAPTERS[layer_class.call] = RegisteredAdapter(layer_class.__name__)
-    adapter.add(kernel, rows, groups)
+    adapter.reads[kernel] = rows, groups
 
 
 class Adapter(Protocol):
@@ -150,12 +135,16 @@ def register_adapter(layer_class: type[keras.Layer], adapter: Adapter) -> None:
     >>> register_adapter(Transposed, TransposedAdapter())
     >>> layer = capture_inputs(Transposed())
     """
-    if not (isinstance(layer_class, type) and issubclass(layer_class, keras.Layer)):
-        raise TypeError(f"`layer_class` must be a subclass of `keras.Layer`. Received: layer_class={layer_class!r}")
+    _check_is_layer(layer_class)
     if not all(callable(getattr(adapter, name, None)) for name in ("kernels", "call")):
         raise TypeError(f"`adapter` must have the functions `kernels` and `call`. Received: adapter={adapter!r}")
     _check_call(layer_class)
     _ADAPTERS[layer_class.call] = adapter
+
+
+def _check_is_layer(layer_class: Any) -> None:
+    if not (isinstance(layer_class, type) and issubclass(layer_class, keras.Layer)):
+        raise TypeError(f"`layer_class` must be a subclass of `keras.Layer`. Received: layer_class={layer_class!r}")
 
 
 def _check_call(layer_class: type[keras.Layer]) -> None:

@@ -5,7 +5,9 @@ the output), *contracted* (in the inputs and the kernel) and *outputs* (in the k
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -13,13 +15,14 @@ from keras import ops
 
 from keras_isaac.curvature.rows import sampled_rows
 from keras_isaac.keras_hooks import call_with, mask_of, quantization
-from keras_isaac.layers.lora import conditioned_factors, has_lora, main_kernels
 from keras_isaac.layers.products import (
     ConditioningOf,
     as_dense,
     bias_and_activation,
-    conditioned,
+    conditioned_matrices,
     conditioning_in_force,
+    has_lora,
+    main_kernels,
     product,
 )
 
@@ -27,33 +30,25 @@ from keras_isaac.layers.products import (
 class EinsumDenseAdapter:
     """`EinsumDense`: rows, groups, inputs and outputs of the kernel are read off the equation."""
 
-    @staticmethod
-    def kernels(layer: Any) -> list[keras.Variable]:
+    def kernels(self, layer: Any) -> list[keras.Variable]:
         """The kernel, or LoRA's factors, if an axis of the inputs is contracted with it."""
         equation = _equation(layer.equation)
         # LoRA factors the last axis off the kernel, which must not be contracted with the inputs.
         is_factored = has_lora(layer) and equation.kernel[-1] not in equation.outputs
         return main_kernels(layer) if equation.is_product and not is_factored else []
 
-    @staticmethod
-    def call(layer: Any, conditioning_of: ConditioningOf, inputs: Any, training: bool | None = None) -> Any:
+    def call(self, layer: Any, conditioning_of: ConditioningOf, inputs: Any, training: bool | None = None) -> Any:
         """`EinsumDense.call`."""
-        equation = _equation(layer.equation, len(inputs.shape))
-        kernels = EinsumDenseAdapter.kernels(layer)
-        conditioning = conditioning_in_force(kernels, conditioning_of)
-        value, mask = ops.convert_to_tensor(kernels[0]), mask_of(inputs)
+        equation, kernels = _equation(layer.equation, len(inputs.shape)), main_kernels(layer)
+        conditioning, mask = conditioning_in_force(kernels, conditioning_of), mask_of(inputs)
+        value, *others = [ops.convert_to_tensor(kernel) for kernel in kernels]
         matrix, rows = equation.matrix_of(value), equation.rows_of(as_dense(inputs))
         mask = None if mask is None else equation.mask_of(mask, inputs)
-        if quantization(layer) is None and not has_lora(layer):
-            products = product(rows, matrix, conditioning, mask, equation.num_groups)
+        if quantization(layer) is None and not others:
+            products = product(rows, matrix, conditioning, mask, len(equation.groups))
             return bias_and_activation(layer, equation.output_of(products, value.shape))
-        rows = sampled_rows(rows, conditioning, mask, equation.num_groups)
-        others: list[Any] = []
-        if has_lora(layer):
-            matrices = matrix, ops.convert_to_tensor(kernels[1])
-            matrix, *others = conditioned_factors(kernels, matrices, conditioning_of, rows)
-        else:
-            matrix = conditioned(matrix, conditioning, rows)
+        rows = sampled_rows(rows, conditioning, mask, len(equation.groups))
+        matrix, *others = conditioned_matrices(kernels, [matrix, *others], conditioning_of, rows)
         values = zip(kernels, (equation.kernel_of(matrix, value.shape), *others), strict=True)
         return call_with(layer, values, inputs, training=training)
 
@@ -74,11 +69,12 @@ class Equation:
         # An ellipsis's axes get names that no equation can contain.
         ellipsis = "".join(chr(0x100 + axis) for axis in range(num_ellipsis))
         self.inputs, self.kernel, self.output = (part.replace("...", ellipsis) for part in (inputs, kernel, output))
-        self.groups = [x for x in self.inputs if x in self.kernel and x in self.output]
-        self.rows = [x for x in self.inputs if x not in self.kernel and x in self.output]
-        self.contracted = [x for x in self.inputs if x in self.kernel and x not in self.output]
-        self.outputs = [x for x in self.kernel if x not in self.inputs and x in self.output]
-        self.num_groups = 1 if self.groups else 0
+        self.rows = "".join(x for x in self.inputs if x not in self.kernel and x in self.output)
+        self.contracted = "".join(x for x in self.inputs if x in self.kernel and x not in self.output)
+        self.outputs = "".join(x for x in self.kernel if x not in self.inputs and x in self.output)
+        groups = "".join(x for x in self.inputs if x in self.kernel and x in self.output)
+        # All axes of groups become one, if there are any.
+        self.groups = (groups,) if groups else ()
 
     @property
     def is_product(self) -> bool:
@@ -90,59 +86,50 @@ class Equation:
 
     def rows_of(self, inputs: Any) -> Any:
         """Returns the inputs as `[(groups,) *rows, in]`, row axes in the order of the inputs."""
-        labels = list(self.inputs)
-        summed = [x for x in labels if x not in self.kernel and x not in self.output]
-        if summed:
-            inputs = ops.sum(inputs, axis=[labels.index(x) for x in summed])
-            labels = [x for x in labels if x not in summed]
-        inputs = ops.transpose(inputs, [labels.index(x) for x in (*self.groups, *self.rows, *self.contracted)])
-        shape = ops.shape(inputs)
-        rows = shape[len(self.groups) : len(self.groups) + len(self.rows)]
-        return ops.reshape(inputs, (*self._group_shape(shape), *rows, math.prod(shape[len(shape) - len(self.contracted) :])))
+        labels = "".join(x for x in self.inputs if x in self.kernel or x in self.output)
+        if labels != self.inputs:
+            inputs = ops.sum(inputs, axis=[axis for axis, x in enumerate(self.inputs) if x not in labels])
+        return _merged(inputs, labels, *self.groups, *self.rows, self.contracted)
 
     def mask_of(self, mask: Any, inputs: Any) -> Any:
         """Returns a mask of the inputs' first axes as `[(groups,) *rows]`, or `None` if one is neither group nor row."""
-        labels = list(self.inputs[: len(mask.shape)])
-        wanted = [*self.groups, *self.rows] if any(label in self.groups for label in labels) else self.rows
-        if any(label not in wanted for label in labels):
+        labels = self.inputs[: len(mask.shape)]
+        parts = (*self.groups, *self.rows) if any(x in part for part in self.groups for x in labels) else tuple(self.rows)
+        wanted = "".join(parts)
+        if any(x not in wanted for x in labels):
             return None
-        shape = ops.shape(inputs)
-        sizes = dict(zip(self.inputs, shape, strict=True))
-        rest = [label for label in wanted if label not in labels]
-        mask = ops.reshape(mask, (*ops.shape(mask), *(1 for _ in rest)))
-        mask = ops.transpose(mask, [(*labels, *rest).index(label) for label in wanted])
-        mask = ops.broadcast_to(mask, [sizes[label] for label in wanted])
-        if wanted is self.rows:
-            return mask
-        rows = [sizes[label] for label in self.rows]
-        return ops.reshape(mask, (math.prod(sizes[label] for label in self.groups), *rows))
+        rest = [x for x in wanted if x not in labels]
+        mask = ops.reshape(mask, (*ops.shape(mask), *[1] * len(rest)))
+        sizes, labels = dict(zip(self.inputs, ops.shape(inputs), strict=True)), labels + "".join(rest)
+        return _merged(ops.broadcast_to(mask, [sizes[x] for x in labels]), labels, *parts)
 
     def matrix_of(self, kernel: Any) -> Any:
         """Returns the kernel as `[(groups,) in, out]`."""
-        kernel = ops.transpose(kernel, [self.kernel.index(x) for x in self._matrix_labels()])
-        shape = kernel.shape
-        num_in = math.prod(shape[len(self.groups) : len(self.groups) + len(self.contracted)])
-        return ops.reshape(kernel, (*self._group_shape(shape), num_in, math.prod(shape[len(shape) - len(self.outputs) :])))
+        return _merged(kernel, self.kernel, *self.groups, self.contracted, self.outputs)
 
     def kernel_of(self, matrix: Any, shape: tuple[int, ...]) -> Any:
         """Returns a matrix of `matrix_of` in the kernel's `shape`."""
-        labels = self._matrix_labels()
-        matrix = ops.reshape(matrix, [shape[self.kernel.index(x)] for x in labels])
-        return ops.transpose(matrix, [labels.index(x) for x in self.kernel])
+        sizes = dict(zip(self.kernel, shape, strict=True))
+        return _split(matrix, (*self.groups, self.contracted, self.outputs), sizes, self.kernel)
 
     def output_of(self, products: Any, kernel_shape: tuple[int, ...]) -> Any:
         """Returns the products `[(groups,) *rows, out]` with the axes of the output."""
-        labels = [*self.groups, *self.rows, *self.outputs]
         sizes = dict(zip(self.kernel, kernel_shape, strict=True))
-        sizes.update(zip(self.rows, ops.shape(products)[self.num_groups : -1], strict=True))
-        products = ops.reshape(products, [sizes[x] for x in labels])
-        return ops.transpose(products, [labels.index(x) for x in self.output])
+        sizes.update(zip(self.rows, ops.shape(products)[len(self.groups) : -1], strict=True))
+        return _split(products, (*self.groups, *self.rows, self.outputs), sizes, self.output)
 
-    def _matrix_labels(self) -> list[str]:
-        return [*self.groups, *self.contracted, *self.outputs]
 
-    def _group_shape(self, shape: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (math.prod(shape[: len(self.groups)]),) if self.groups else ()
+def _merged(tensor: Any, labels: str, *parts: str) -> Any:
+    """Returns a tensor with an axis for each part of its labels, the axes of a part merged in their order."""
+    tensor = ops.transpose(tensor, [labels.index(x) for x in "".join(parts)])
+    sizes = iter(ops.shape(tensor))
+    return ops.reshape(tensor, [math.prod(itertools.islice(sizes, len(part))) for part in parts])
+
+
+def _split(tensor: Any, parts: Iterable[str], sizes: dict[str, Any], wanted: str) -> Any:
+    """Returns a tensor of `_merged` with an axis for each label, in the order wanted."""
+    labels = "".join(parts)
+    return ops.transpose(ops.reshape(tensor, [sizes[x] for x in labels]), [labels.index(x) for x in wanted])
 
 
 # Cached, since eager PyTorch reads a layer's equation in every step.

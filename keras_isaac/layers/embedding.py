@@ -7,12 +7,20 @@ import keras
 from keras import ops
 
 from keras_isaac import backend
-from keras_isaac.curvature import operations
+from keras_isaac.curvature.operations import conditioned, scaled_gradient, scaled_gradient_of_norm
 from keras_isaac.curvature.record import KernelCall
 from keras_isaac.curvature.rows import sampled_rows
 from keras_isaac.keras_hooks import call_with, mask_of, own_call, quantization
-from keras_isaac.layers.lora import conditioned_factors, has_lora
-from keras_isaac.layers.products import ConditioningOf, as_dense, conditioned, conditioning_in_force, product
+from keras_isaac.layers.products import (
+    ConditioningOf,
+    Pairs,
+    as_dense,
+    conditioned_matrices,
+    conditioning_in_force,
+    has_lora,
+    main_kernels,
+    product,
+)
 from keras_isaac.scope import Conditioning
 
 
@@ -23,61 +31,56 @@ class EmbeddingAdapter:
     norm of the table's gradient is known once all tokens are summed, so with `preserve_norm` the gradient is dense.
     """
 
-    @staticmethod
-    def kernels(layer: Any) -> list[keras.Variable]:
+    def kernels(self, layer: Any) -> list[keras.Variable]:
         """The table, or LoRA's factors."""
-        if has_lora(layer):
-            return [layer.lora_embeddings_a, layer.lora_embeddings_b]
-        return [layer.embeddings] if quantization(layer) is None else []
+        return main_kernels(layer, "embeddings")
 
-    @staticmethod
-    def call(layer: Any, conditioning_of: ConditioningOf, inputs: Any) -> Any:
+    def call(self, layer: Any, conditioning_of: ConditioningOf, inputs: Any) -> Any:
         """`Embedding.call`, the gradient of each token's row scaled."""
         if hasattr(inputs, "with_flat_values"):
             # TensorFlow's ragged tensor.
-            return inputs.with_flat_values(EmbeddingAdapter.call(layer, conditioning_of, inputs.flat_values))
-        if has_lora(layer):
-            return call_with(layer, _conditioned_values(layer, conditioning_of, inputs), inputs)
-        (kernel,) = EmbeddingAdapter.kernels(layer)
-        conditioning = conditioning_in_force([kernel], conditioning_of)
-        if conditioning.preserve_norm:
-            return call_with(layer, _conditioned_values(layer, conditioning_of, inputs), inputs)
+            return inputs.with_flat_values(EmbeddingAdapter.call(self, layer, conditioning_of, inputs.flat_values))
+        kernels = main_kernels(layer, "embeddings")
+        conditioning = conditioning_in_force(kernels, conditioning_of)
+        if len(kernels) == 2 or conditioning.preserve_norm:
+            return call_with(layer, _conditioned_values(kernels, layer, conditioning_of, inputs), inputs)
         # A row's gradient is the sum of its tokens' gradients. Scaling those keeps TensorFlow's gradient sparse.
         tokens = ops.cast(as_dense(inputs), "int32")
         outputs = keras.layers.Embedding.call(layer, inputs)
-        scale = _token_scale(layer, tokens, conditioning, kernel.shape)
-        return operations.scaled_gradient(outputs, ops.take(scale, tokens, axis=0)[..., None])
+        scale = _token_scale(layer, tokens, conditioning, kernels[0].shape)
+        return scaled_gradient(outputs, ops.take(scale, tokens, axis=0)[..., None])
 
 
-class ReversibleEmbeddingAdapter:
+class ReversibleEmbeddingAdapter(EmbeddingAdapter):
     """`ReversibleEmbedding`: an `Embedding`, and in reverse a product with its table transposed, or with another kernel."""
 
-    @staticmethod
-    def kernels(layer: Any) -> list[keras.Variable]:
+    def kernels(self, layer: Any) -> list[keras.Variable]:
         """The table, or LoRA's factors; and, if the weights are not tied, the reverse kernel."""
         has_reverse_kernel = not layer.tie_weights and quantization(layer) is None
-        return EmbeddingAdapter.kernels(layer) + ([layer.reverse_embeddings] if has_reverse_kernel else [])
+        return super().kernels(layer) + ([layer.reverse_embeddings] if has_reverse_kernel else [])
 
-    @staticmethod
-    def call(layer: Any, conditioning_of: ConditioningOf, inputs: Any, reverse: bool = False) -> Any:
+    def call(self, layer: Any, conditioning_of: ConditioningOf, inputs: Any, reverse: bool = False) -> Any:
         """`ReversibleEmbedding.call`."""
-        kernels = [layer.reverse_embeddings] if reverse and not layer.tie_weights else EmbeddingAdapter.kernels(layer)
+        kernels = [layer.reverse_embeddings] if reverse and not layer.tie_weights else super().kernels(layer)
         # Quantized, the layer does not use the factors in reverse.
         if not any(map(conditioning_of, kernels)) or (reverse and quantization(layer) is not None):
             return own_call(layer)(layer, inputs, reverse=reverse)
         if not reverse:
             # On JAX, only the layer itself can give its output a mask, and gradients of tables are dense anyway.
             if has_lora(layer) or backend.IS_STATELESS:
-                return call_with(layer, _conditioned_values(layer, conditioning_of, inputs), inputs)
-            outputs = EmbeddingAdapter.call(layer, conditioning_of, inputs)
+                return call_with(layer, _conditioned_values(kernels, layer, conditioning_of, inputs), inputs)
+            outputs = super().call(layer, conditioning_of, inputs)
             outputs._keras_mask = keras.layers.Embedding.compute_mask(layer, inputs)
             return outputs
+        conditioning, mask = conditioning_in_force(kernels, conditioning_of), mask_of(inputs)
         if len(kernels) == 2:
-            return call_with(layer, _factors_in_reverse(kernels, conditioning_of, inputs), inputs, reverse=True)
-        conditioning = conditioning_in_force(kernels, conditioning_of)
+            # The inputs are multiplied by the second factor first, transposed.
+            kernels.reverse()
+            matrices = [ops.transpose(ops.convert_to_tensor(kernel)) for kernel in kernels]
+            matrices = conditioned_matrices(kernels, matrices, conditioning_of, sampled_rows(inputs, conditioning, mask))
+            return call_with(layer, zip(kernels, map(ops.transpose, matrices), strict=True), inputs, reverse=True)
         value = ops.convert_to_tensor(kernels[0])
         value = ops.transpose(value) if layer.tie_weights else value
-        mask = mask_of(inputs)
         if layer.reverse_dtype is not None:
             inputs, value = ops.cast(inputs, layer.reverse_dtype), ops.cast(value, layer.reverse_dtype)
         logits = product(inputs, value, conditioning, mask)
@@ -108,9 +111,8 @@ def _token_scale(layer: Any, tokens: Any, conditioning: Conditioning, shape: tup
     return damping / (damping + frequency)
 
 
-def _conditioned_values(layer: Any, conditioning_of: ConditioningOf, inputs: Any) -> list[tuple[keras.Variable, Any]]:
+def _conditioned_values(kernels: list[keras.Variable], layer: Any, conditioning_of: ConditioningOf, inputs: Any) -> Pairs:
     """Returns pairs of a kernel that trains and its tensor. The gradient of the table is dense."""
-    kernels = EmbeddingAdapter.kernels(layer)
     tokens, table = ops.cast(as_dense(inputs), "int32"), ops.convert_to_tensor(kernels[0])
     conditioning, *others = map(conditioning_of, kernels)
     values = []
@@ -121,19 +123,6 @@ def _conditioned_values(layer: Any, conditioning_of: ConditioningOf, inputs: Any
         values.append((kernels[1], conditioned(ops.convert_to_tensor(kernels[1]), others[0], rows)))
     if conditioning is not None:
         scale = _token_scale(layer, tokens, conditioning, table.shape)[:, None]
-        condition = operations.scaled_gradient_of_norm if conditioning.preserve_norm else operations.scaled_gradient
+        condition = scaled_gradient_of_norm if conditioning.preserve_norm else scaled_gradient
         values.append((kernels[0], condition(table, scale)))
     return values
-
-
-def _factors_in_reverse(
-    kernels: list[keras.Variable], conditioning_of: ConditioningOf, inputs: Any
-) -> list[tuple[keras.Variable, Any]]:
-    """Returns pairs of LoRA's factors and tensors, for a product of the inputs with their transposes."""
-    conditioning = conditioning_in_force(kernels, conditioning_of)
-    rows = sampled_rows(inputs, conditioning, mask_of(inputs))
-    # The inputs are multiplied by the second factor first.
-    kernels = kernels[::-1]
-    matrices = [ops.transpose(ops.convert_to_tensor(kernel)) for kernel in kernels]
-    factors = conditioned_factors(kernels, matrices, conditioning_of, rows)
-    return [(kernel, ops.transpose(factor)) for kernel, factor in zip(kernels, factors, strict=True)]

@@ -2,36 +2,24 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import keras
 from keras import ops
 
 from keras_isaac.backend import layout
-from keras_isaac.curvature import operations, plan
 from keras_isaac.curvature.conditioner import cast
+from keras_isaac.curvature.operations import conditioned, conditioned_matmul
 from keras_isaac.curvature.record import SPARSE, KernelCall
-from keras_isaac.curvature.rows import Rows, condensed, expected_total, num_read, product_rows, sampled_rows
+from keras_isaac.curvature.rows import Rows, condensed, expected_total, product_rows, sampled_rows
+from keras_isaac.keras_hooks import quantization
 from keras_isaac.scope import Conditioning
 
 # Returns the `Conditioning` of a kernel, or `None` where its gradient stays plain.
 ConditioningOf: TypeAlias = Callable[[keras.Variable], Conditioning | None]
-
-
-def conditioned(matrix: Any, conditioning: Conditioning, rows: Rows) -> Any:
-    """Returns a kernel; its gradient is conditioned on rows when the backward pass has finished it.
-
-    Args:
-        matrix: tensor `[(groups,) in, out]`, the kernel.
-        conditioning: the `Conditioning` in force.
-        rows: `Rows` of the layer's inputs.
-    """
-    conditioning.refuse_outputs()
-    rows = condensed(rows, tuple(matrix.shape), conditioning)
-    call = KernelCall(tuple(matrix.shape), rows)
-    conditioning.note(call)
-    return operations.conditioned_kernel(matrix, rows, plan.choose(call), conditioning)
+# Variables with the tensors that a call takes for them.
+Pairs: TypeAlias = list[tuple[keras.Variable, Any]]
 
 
 def conditioning_in_force(kernels: Iterable[keras.Variable], conditioning_of: ConditioningOf) -> Conditioning:
@@ -60,46 +48,18 @@ def product(inputs: Any, kernel: Any, conditioning: Conditioning, mask: Any = No
         return _product_by_replica(inputs, kernel, conditioning, num_groups)
     if not is_shared:
         num_rows = inputs.shape[-2]
-        rows = (
-            product_rows(inputs, conditioning, False, num_rows)
-            if num_rows is None
-            else Rows(inputs, num_rows, num_rows, num_rows)
-        )
-        return _conditioned_product(inputs, kernel, conditioning, rows, is_whole=True)
-    matrix = _as_matrix(inputs, num_groups)
+        # Eager PyTorch pays for every call.
+        is_static = num_rows is not None
+        rows = Rows(inputs, num_rows, num_rows, num_rows) if is_static else product_rows(inputs, conditioning, False, None)
+        return conditioned_matmul(inputs, kernel, conditioning, rows, is_whole=True)
+    shape = ops.shape(inputs)
+    # All sizes are given, since `reshape` cannot infer one in an empty batch.
+    matrix = ops.reshape(inputs, (*shape[:num_groups], math.prod(shape[num_groups:-1]), shape[-1]))
     rows = product_rows(matrix, conditioning, True, expected_total(inputs.shape[num_groups:-1]))
     rows = condensed(rows, tuple(kernel.shape), conditioning)
     # If the number of rows is unknown while tracing, some may be left out.
-    outputs = _conditioned_product(matrix, kernel, conditioning, rows, rows.values is matrix and matrix.shape[-2] is not None)
-    return ops.reshape(outputs, (*ops.shape(inputs)[:-1], kernel.shape[-1]))
-
-
-def _as_matrix(inputs: Any, num_groups: int) -> Any:
-    """Returns `[(groups,) rows, in]` of `[(groups,) samples, *positions, in]`."""
-    shape = ops.shape(inputs)
-    # All sizes are given, since `reshape` cannot infer one in an empty batch.
-    return ops.reshape(inputs, (*shape[:num_groups], math.prod(shape[num_groups:-1]), shape[-1]))
-
-
-def _conditioned_product(matrix: Any, kernel: Any, conditioning: Conditioning, rows: Rows, is_whole: bool) -> Any:
-    """Returns `matrix @ kernel`, conditioned on rows of the matrix, or on all if `is_whole`."""
-    # The norm is known only once the gradient is finished.
-    has_product = is_whole and not (conditioning.preserve_norm and conditioning.output_damping is None)
-    num_output_rows = None
-    if conditioning.output_damping is not None:
-        num_output_rows = _num_output_rows(matrix, tuple(kernel.shape), conditioning, rows)
-    call = KernelCall(tuple(kernel.shape), rows, has_product, num_output_rows)
-    if conditioning.record is not None:
-        conditioning.note(call)
-    return operations.conditioned_matmul(matrix, kernel, rows, has_product, plan.choose(call), conditioning)
-
-
-def _num_output_rows(matrix: Any, shape: tuple[int, ...], conditioning: Conditioning, rows: Rows) -> int | None:
-    num_rows = matrix.shape[-2]
-    if not rows.is_shared or num_rows is None:
-        return num_rows
-    num_sums = plan.num_kept(rows.num_total, shape[-1], shape[-2], conditioning.max_rows)
-    return min(num_rows, num_read(conditioning), num_sums)
+    outputs = conditioned_matmul(matrix, kernel, conditioning, rows, rows.values is matrix and matrix.shape[-2] is not None)
+    return ops.reshape(outputs, (*shape[:-1], kernel.shape[-1]))
 
 
 def _product_by_replica(inputs: Any, kernel: Any, conditioning: Conditioning, num_groups: int) -> Any:
@@ -155,3 +115,61 @@ def bias_and_activation(layer: keras.Layer, outputs: Any, data_format: str = "ch
             bias = ops.reshape(bias, (1, -1, *(1 for _ in outputs.shape[2:])))
         outputs = ops.add(outputs, bias)
     return outputs if layer.activation is None else layer.activation(outputs)
+
+
+# LoRA, which several layers have: the two factors of their kernel are conditioned instead of it.
+
+
+def has_lora(layer: keras.Layer) -> bool:
+    """Whether the layer computes by LoRA's factors. Layers that Keras quantizes by other modes do not use them."""
+    return getattr(layer, "lora_enabled", False) and quantization(layer) in (None, "int8", "int4")
+
+
+def main_kernels(layer: Any, name: str = "kernel") -> list[keras.Variable]:
+    """Returns the kernel of a layer, or LoRA's two factors; of a quantized layer, those that train."""
+    if getattr(layer, "lora_enabled", False) and has_lora(layer):
+        return [getattr(layer, f"lora_{name}_{factor}") for factor in "ab"]
+    # Float8 multiplies a float kernel, rounded. Other modes have no kernel that trains.
+    return [getattr(layer, name)] if getattr(layer, "quantization_mode", None) in (None, "float8") else []
+
+
+def conditioned_matrices(
+    kernels: Sequence[keras.Variable], matrices: Sequence[Any], conditioning_of: ConditioningOf, rows: Rows
+) -> list[Any]:
+    """Returns the matrix of a kernel, or those of LoRA's factors; the gradients of those that train are conditioned.
+
+    The inputs of the second factor are the rows' products with the first, a row for each group and each output of the first.
+
+    Args:
+        kernels: the variable, or the two.
+        matrices: their tensors, `[(groups,) in, out]`; or `[(groups,) in, outputs * rank]` and `[rank, out]`; or the second
+            `[groups, rank, out]`, where each group multiplies as many of the rows, in their order.
+        conditioning_of: function of a kernel, as in the adapters.
+        rows: `Rows` `[(groups,) rows, in]`, the inputs of the first.
+    """
+    (first, *others), conditionings = matrices, [conditioning_of(kernel) for kernel in kernels]
+    if others and len(others[0].shape) == 2:
+        # The inputs of the second factor can be computed from sums of rows, too, but not from sums over groups.
+        rows = condensed(rows, tuple(first.shape), conditioning_in_force(kernels, conditioning_of))
+    if others and conditionings[1] is not None:
+        others = [conditioned(others[0], conditionings[1], _rows_of_second(rows, first, others[0]))]
+    if conditionings[0] is not None:
+        first = conditioned(first, conditionings[0], rows)
+    return [first, *others]
+
+
+def _rows_of_second(rows: Rows, first: Any, second: Any) -> Rows:
+    values, first = ops.stop_gradient(rows.values), ops.stop_gradient(first)
+    values = ops.cast(values, first.dtype) @ first
+    *groups, rank, _ = second.shape
+    times = math.prod(values.shape[:-2]) * (values.shape[-1] // rank)
+
+    def count(number: Any) -> Any:
+        # The number for each group; the mean over the groups if their masks differ.
+        if isinstance(number, int) or len(number.shape) == 0:
+            return number * times // math.prod(groups)
+        return ops.reshape(ops.mean(number) * times, (1, 1)) / math.prod(groups)
+
+    num_total = None if rows.num_total is None else rows.num_total * times // math.prod(groups)
+    values = ops.reshape(values, (*groups, -1, rank))
+    return Rows(values, count(rows.num_sampled), count(rows.num_valid), num_total, rows.is_shared)

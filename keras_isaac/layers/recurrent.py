@@ -16,12 +16,13 @@ from keras import ops
 
 from keras_isaac import backend
 from keras_isaac.curvature import conditioner, plan
+from keras_isaac.curvature.operations import conditioned
 from keras_isaac.curvature.record import KernelCall
 from keras_isaac.curvature.rows import Rows, condensed, sampled_rows
 from keras_isaac.keras_hooks import call_with, with_attributes
-from keras_isaac.layers.convolution import channels_last
+from keras_isaac.layers.convolution import channels_last, window_of
 from keras_isaac.layers.patches import patch_rows
-from keras_isaac.layers.products import ConditioningOf, conditioned
+from keras_isaac.layers.products import ConditioningOf, Pairs
 from keras_isaac.scope import Conditioning
 
 _CELLS = {cell.call for cell in (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)}
@@ -30,19 +31,17 @@ _CELLS = {cell.call for cell in (keras.layers.SimpleRNNCell, keras.layers.LSTMCe
 class RNNAdapter:
     """`SimpleRNN`, `LSTM`, `GRU`, `ConvLSTM`, and `RNN` of their cells: a row is an input or a state at a step, or a patch."""
 
-    @staticmethod
-    def kernels(layer: Any) -> list[keras.Variable]:
+    def kernels(self, layer: Any) -> list[keras.Variable]:
         """The kernel and the recurrent kernel of each cell."""
         return [kernel for cell in _cells(layer) for kernel in (cell.kernel, cell.recurrent_kernel)]
 
-    @staticmethod
-    def notes(layer: Any) -> dict[int, str]:
+    def notes(self, layer: Any) -> dict[int, str]:
         """Which part of a kernel is plain, by the kernel's id."""
         note = "candidate block plain: a gate multiplies its rows"
         return {id(cell.recurrent_kernel): note for cell in _cells(layer) if _columns_of_states(cell) is not None}
 
-    @staticmethod
     def call(
+        self,
         layer: Any,
         conditioning_of: ConditioningOf,
         sequences: Any,
@@ -63,14 +62,12 @@ class RNNAdapter:
 class BidirectionalAdapter:
     """`Bidirectional`: each of its two layers is conditioned by itself."""
 
-    @staticmethod
-    def kernels(layer: Any) -> list[keras.Variable]:
+    def kernels(self, layer: Any) -> list[keras.Variable]:
         """Those of the two layers."""
         both = (layer.forward_layer, layer.backward_layer)
-        return [kernel for each in both if isinstance(each, keras.layers.RNN) for kernel in RNNAdapter.kernels(each)]
+        return [kernel for each in both if isinstance(each, keras.layers.RNN) for kernel in RNNAdapter().kernels(each)]
 
-    @staticmethod
-    def call(layer: Any, conditioning_of: ConditioningOf, *args: Any, **kwargs: Any) -> Any:
+    def call(self, layer: Any, conditioning_of: ConditioningOf, *args: Any, **kwargs: Any) -> Any:
         """The layer's own `call`."""
         # On a GPU, Keras may skip both layers and run their kernels in one operation, but not if they are stateful.
         with with_attributes(layer, stateful=True):
@@ -94,57 +91,56 @@ def _columns_of_states(cell: Any) -> int | None:
     return None if getattr(cell, "reset_after", True) else 2 * cell.units
 
 
-class _LateKernel:
-    """A kernel, conditioned on rows that are known only after the layer's call.
+def _late_kernel(
+    kernel: keras.Variable,
+    conditioning: Conditioning,
+    shape: tuple[Any, ...],
+    rows_of: Callable[[Any], Rows],
+    columns: int | None,
+) -> tuple[Any, Callable[[Any, Any], Any]]:
+    """Returns a kernel, conditioned on rows that are known only after the layer's call, and a function that brings them.
+
+    The function returns its first argument, the results of the call, which bring its second, the features that the kernel
+    multiplied in it, to the conditioner in the backward pass.
 
     Args:
         kernel: variable `[..., out]`.
         conditioning: the `Conditioning` in force.
-        shape: tuple, the shape of the features that the call finds, `[samples, steps, ...]`.
-        rows_of: function of those features, which returns `Rows`.
-        columns: integer, how many columns of the kernel multiply the rows. Defaults to `None`: all.
+        shape: tuple, the shape of the features, `[samples, steps, ...]`.
+        rows_of: function of the features, which returns `Rows`.
+        columns: integer, how many columns of the kernel multiply the rows; `None` for all.
     """
+    conditioning.refuse_outputs()
+    value = ops.convert_to_tensor(kernel)
+    matrix = ops.reshape(value, (-1, value.shape[-1]))
+    read_shape = tuple(matrix[:, :columns].shape)
 
-    def __init__(
-        self,
-        kernel: keras.Variable,
-        conditioning: Conditioning,
-        shape: tuple[Any, ...],
-        rows_of: Callable[[Any], Rows],
-        columns: int | None = None,
-    ) -> None:
-        conditioning.refuse_outputs()
-        value = ops.convert_to_tensor(kernel)
-        matrix = ops.reshape(value, (-1, value.shape[-1]))
-        read, self._conditioning, self._rows_of = matrix[:, :columns], conditioning, rows_of
-        self._shape = tuple(read.shape)
-        # One extra feature, which counts how often the features were routed.
-        probe = ops.zeros((*shape[:-1], shape[-1] + 1), value.dtype)
-        read, self._probe = backend.with_gradients(
-            lambda kernel, probe, damping: (kernel * 1, probe * 1), self._gradients, read, probe, conditioning.damping
-        )
-        matrix = read if columns is None else ops.concatenate([read, matrix[:, columns:]], axis=1)
-        self.value = ops.reshape(matrix, value.shape)
+    def condensed_rows(features: Any) -> Rows:
+        return condensed(rows_of(features), read_shape, conditioning)
 
-    def find(self, results: Any, features: Any) -> Any:
-        """Returns the results of the call, which bring the features to the conditioner in the backward pass."""
-        if self._conditioning.record is not None:
-            self._conditioning.note(KernelCall(self._shape, self._rows(features)))
-        return _route_gradient(results, self._probe, features)
-
-    def _rows(self, features: Any) -> Rows:
-        return condensed(self._rows_of(features), self._shape, self._conditioning)
-
-    def _gradients(self, output_gradients: tuple[Any, Any], kernel: Any, probe: Any, damping: Any) -> tuple[Any, None, None]:
+    def gradients(output_gradients: tuple[Any, Any], kernel: Any, probe: Any, damping: Any) -> tuple[Any, None, None]:
         gradient, routed = output_gradients
         # A loss that contains derivatives routes the features several times. The last feature counts them.
-        rows = self._rows(routed[..., :-1] / backend.clip(routed[..., -1:], 1))
-        counts, is_relative = (rows.num_sampled, rows.num_valid), self._conditioning.relative_damping
-        form = plan.choose(KernelCall(self._shape, rows))
-        conditioned = conditioner.condition(gradient, rows.values, damping, *counts, form=form, is_relative=is_relative)
-        if self._conditioning.preserve_norm:
-            conditioned = conditioner.with_norm_of(gradient, conditioned)
-        return conditioned, None, None
+        rows = condensed_rows(routed[..., :-1] / backend.clip(routed[..., -1:], 1))
+        counts, is_relative = (rows.num_sampled, rows.num_valid), conditioning.relative_damping
+        form = plan.choose(KernelCall(read_shape, rows))
+        result = conditioner.condition(gradient, rows.values, damping, *counts, form=form, is_relative=is_relative)
+        return conditioner.with_norm_of(gradient, result) if conditioning.preserve_norm else result, None, None
+
+    # One extra feature, which counts how often the features were routed.
+    probe = ops.zeros((*shape[:-1], shape[-1] + 1), value.dtype)
+    read, probe = backend.with_gradients(
+        lambda kernel, probe, damping: (kernel * 1, probe * 1), gradients, matrix[:, :columns], probe, conditioning.damping
+    )
+
+    def bring(results: Any, features: Any) -> Any:
+        features = ops.reshape(features, shape)
+        if conditioning.record is not None:
+            conditioning.note(KernelCall(read_shape, condensed_rows(features)))
+        return _route_gradient(results, probe, features)
+
+    matrix = read if columns is None else ops.concatenate([read, matrix[:, columns:]], axis=1)
+    return ops.reshape(matrix, value.shape), bring
 
 
 def _route_gradient(results: Any, probe: Any, features: Any) -> Any:
@@ -165,7 +161,7 @@ def _routing(tensors: Sequence[Any], probe: Any, message: Any) -> tuple[Any, ...
 
 def _read_cell(
     layer: Any, conditioning_of: ConditioningOf, sequences: Any, mask: Any, training: bool | None
-) -> tuple[list[tuple[keras.Variable, Any]], Callable[..., Any]]:
+) -> tuple[Pairs, Callable[..., Any]]:
     """Returns the values of the kernels of a layer of one cell, and the `inner_loop` that they need.
 
     Args:
@@ -176,22 +172,24 @@ def _read_cell(
         training: boolean or `None`.
     """
     cell, values = layer.cell, []
-    input_rows, state_rows, state_shape = _reading(layer, sequences)
     conditioning = conditioning_of(cell.kernel)
     if conditioning is not None:
         # The call draws this mask first, and reuses one that was drawn before.
         dropout = cell.get_dropout_mask(sequences[:, 0]) if training else None
-        rows = input_rows(_dropped(sequences, dropout), conditioning, mask)
+        rows = _rows_of(_dropped(sequences, dropout), conditioning, mask, layer)
         value = ops.convert_to_tensor(cell.kernel)
         matrix = conditioned(ops.reshape(value, (-1, value.shape[-1])), conditioning, rows)
         values.append((cell.kernel, ops.reshape(matrix, value.shape)))
     conditioning = conditioning_of(cell.recurrent_kernel)
     if conditioning is None:
         return values, layer.inner_loop
-    rows_of = functools.partial(state_rows, conditioning=conditioning, mask=_mask_of_states(mask, layer.go_backwards))
+    state_mask = _mask_of_states(mask, layer.go_backwards)
+    rows_of = functools.partial(_rows_of, conditioning=conditioning, mask=state_mask, layer=layer, of_states=True)
+    is_convolution = _is_convolution(layer)
+    state_shape = cell.compute_output_shape((None, *sequences.shape[2:]))[0][1:] if is_convolution else (cell.units,)
     shape = (*ops.shape(sequences)[:2], *state_shape)
-    late = _LateKernel(cell.recurrent_kernel, conditioning, shape, rows_of, _columns_of_states(cell))
-    values.append((cell.recurrent_kernel, late.value))
+    recurrent, bring = _late_kernel(cell.recurrent_kernel, conditioning, shape, rows_of, _columns_of_states(cell))
+    values.append((cell.recurrent_kernel, recurrent))
 
     def inner_loop(sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
         with with_attributes(layer, return_sequences=True):
@@ -199,16 +197,16 @@ def _read_cell(
         first, outputs = keras.tree.flatten(initial_state)[0], results[1]
         states = ops.concatenate([first[:, None], ops.cast(outputs, first.dtype)[:, :-1]], axis=1)
         dropout = cell.get_recurrent_dropout_mask(first) if training else None
-        return late.find(results, ops.reshape(_dropped(states, dropout), shape))
+        return bring(results, _dropped(states, dropout))
 
     return values, inner_loop
 
 
 def _read_stack(
     layer: Any, conditioning_of: ConditioningOf, sequences: Any, mask: Any, training: bool | None
-) -> tuple[list[tuple[keras.Variable, Any]], Callable[..., Any]]:
+) -> tuple[Pairs, Callable[..., Any]]:
     """As `_read_cell`, for `StackedRNNCells`: each output of the loop holds the inputs of its cells too."""
-    stack, values, lates, width = layer.cell, [], [], 0
+    stack, values, late, width = layer.cell, [], [], 0
     cells = _cells(layer)
     if mask is not None and layer.go_backwards:
         mask = ops.flip(mask, axis=1)
@@ -221,9 +219,9 @@ def _read_stack(
             if conditioning is not None:
                 rows_of = functools.partial(sampled_rows, conditioning=conditioning, mask=mask)
                 shape = (*ops.shape(sequences)[:2], num_in)
-                late = _LateKernel(kernel, conditioning, shape, rows_of, columns)
-                values.append((kernel, late.value))
-                lates.append((late, slice(width, width + num_in), shape))
+                value, bring = _late_kernel(kernel, conditioning, shape, rows_of, columns)
+                values.append((kernel, value))
+                late.append((bring, slice(width, width + num_in)))
             width += num_in
 
     def inner_loop(sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
@@ -254,29 +252,22 @@ def _read_stack(
         num_out = outputs.shape[-1] - width
         found = outputs[..., num_out:]
         results = last_output[..., :num_out], outputs[..., :num_out], states[1:]
-        for late, part, shape in lates:
-            results = late.find(results, ops.reshape(found[..., part], shape))
+        for bring, part in late:
+            results = bring(results, found[..., part])
         return results
 
     return values, inner_loop
 
 
-def _reading(layer: Any, sequences: Any) -> tuple[Callable[..., Rows], Callable[..., Rows], tuple[int, ...]]:
-    """Returns the rows of inputs and of states, as functions like `sampled_rows`, and the shape of a sample's state."""
+def _rows_of(inputs: Any, conditioning: Conditioning, mask: Any, layer: Any, of_states: bool = False) -> Rows:
+    """Returns the rows of the inputs, or of the states, of all steps of a layer of one cell."""
     cell = layer.cell
     if not _is_convolution(layer):
-        return sampled_rows, sampled_rows, (cell.units,)
-
-    def input_rows(inputs: Any, conditioning: Conditioning, mask: Any) -> Rows:
-        places = (cell.kernel_size, cell.strides, cell.dilation_rate, cell.padding)
-        return patch_rows(channels_last(cell, inputs, axis=2), conditioning, mask, *places)
-
-    def state_rows(states: Any, conditioning: Conditioning, mask: Any) -> Rows:
-        # The convolution of the states has neither strides nor dilation.
-        ones = (1,) * cell.rank
-        return patch_rows(channels_last(cell, states, axis=2), conditioning, mask, cell.kernel_size, ones, ones, "same")
-
-    return input_rows, state_rows, cell.compute_output_shape((None, *sequences.shape[2:]))[0][1:]
+        return sampled_rows(inputs, conditioning, mask)
+    # The convolution of the states has neither strides nor dilation.
+    ones = (1,) * cell.rank
+    window = (cell.kernel_size, ones, ones, "same") if of_states else window_of(cell)
+    return patch_rows(channels_last(cell, inputs, axis=2), conditioning, mask, *window)
 
 
 def _mask_of_states(mask: Any, go_backwards: bool) -> Any:
