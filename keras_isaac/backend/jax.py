@@ -182,7 +182,7 @@ def _vary_as(kernel: Any, tensors: Iterable[Any]) -> Any:
 
     Each device then conditions its gradient on its own rows, and the sum over devices comes after.
     """
-    missing = frozenset().union(*(_varying_axes(tensor) for tensor in tensors if tensor is not None)) - _varying_axes(kernel)
+    missing = frozenset().union(*map(_varying_axes, tensors)) - _varying_axes(kernel)
     return jax.lax.pcast(kernel, tuple(missing), to="varying") if missing else kernel
 
 
@@ -227,7 +227,7 @@ def with_gradients(function: Callable, gradients: Callable, *tensors: Any) -> An
     def call(*tensors: Any) -> Any:
         return function(*tensors)
 
-    tensors = tuple(None if tensor is None else _vary_as(tensor, tensors) for tensor in tensors)
+    tensors = tuple(_vary_as(tensor, tensors) for tensor in tensors)
 
     def forward(*tensors: Any) -> tuple[Any, tuple[Any, ...]]:
         return call(*tensors), tensors

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
@@ -175,34 +175,25 @@ def with_gradients(function: Callable, gradients: Callable, *tensors: Any) -> An
             "`preserve_norm=True` or an `output_damping`, nor a recurrent one. Write `ISAAC(preserve_norm=False, "
             "output_damping=None)`, or leave that layer out: `capture_inputs(model, exclude=layer)`."
         )
-    given = [tensor is not None for tensor in tensors]
-
-    def completed(present: Iterable[Any]) -> list[Any]:
-        present = iter(present)
-        return [next(present) if is_given else None for is_given in given]
 
     @tf.custom_gradient
-    def call(*present: Any) -> Any:
+    def call(*tensors: tf.Tensor) -> Any:
         def all_gradients(*output_gradients: Any) -> tuple[Any, ...]:
             # The gradient of an embedding table is `tf.IndexedSlices`.
             output_gradients = tuple(map(tf.convert_to_tensor, output_gradients))
-            output_gradients = output_gradients if len(output_gradients) > 1 else output_gradients[0]
-            results = gradients(output_gradients, *completed(present))
-            return tuple(result for result, is_given in zip(results, given, strict=True) if is_given)
+            return gradients(output_gradients if len(output_gradients) > 1 else output_gradients[0], *tensors)
 
-        return function(*completed(present)), all_gradients
+        return function(*tensors), all_gradients
 
-    return call(*(_in_this_graph(tensor) for tensor in tensors if tensor is not None))
+    return call(*map(_in_this_graph, tensors))
 
 
-def _in_this_graph(tensor: Any) -> tf.Tensor | None:
-    """Returns `tensor`, if it is not `None`, as a tensor of the graph that is being built.
+def _in_this_graph(tensor: Any) -> tf.Tensor:
+    """Returns `tensor` as a tensor of the graph that is being built.
 
     TensorFlow cannot differentiate a branch of `tf.cond` in which a custom gradient uses a tensor from outside the branch that
     the branch uses too. In eager mode, it does not take a variable for an argument of a custom gradient.
     """
-    if tensor is None:
-        return None
     return tf.convert_to_tensor(tensor) if tf.executing_eagerly() else tf.identity(tensor)
 
 

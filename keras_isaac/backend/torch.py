@@ -72,14 +72,15 @@ def damped_gram(
         # Eager PyTorch pays for every operation on a tensor, so these are numbers, and one operation does the rest.
         norm, damping, count = torch.linalg.vector_norm(rows).item(), float(damping), float(count)
         total = math.inf if norm * norm > torch.finfo(rows.dtype).max else norm * norm
-        damping = min(max(damping * total / count, _TINY), 1 / _TINY) if is_relative else damping * count
+        damping = min(max(damping * total / count if is_relative else damping * count, _TINY), 1 / _TINY)
         in_force = max(damping, floor * total + _TINY)
         return torch.addmm(_identity(size, rows.dtype), rows, rows.mT, beta=in_force), total, damping
     matrix = matmul(rows, rows.mT)
-    totals = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    totals = diagonal.sum(-1)[..., None, None]
     damping = (damping * totals / count).clamp(_TINY, 1 / _TINY) if is_relative else damping * count
-    raised = torch.maximum(floor * totals + _TINY, damping)
-    return matrix + raised * torch.eye(size, dtype=rows.dtype, device=rows.device), totals, damping
+    diagonal.add_(torch.maximum(floor * totals + _TINY, damping)[..., 0])
+    return matrix, totals, damping
 
 
 def _is_read(rows: torch.Tensor) -> bool:
@@ -195,9 +196,9 @@ def _with_fast_path(function: type[_Function]) -> Callable[..., Any]:
     return apply
 
 
-def _mapped(tensor: torch.Tensor | None, axis: int | None, size: int) -> torch.Tensor | None:
+def _mapped(tensor: torch.Tensor, axis: int | None, size: int) -> torch.Tensor:
     """Returns a tensor with the axis that `torch.func.vmap` maps in front."""
-    if tensor is None or (axis is None and tensor.ndim == 0):
+    if axis is None and tensor.ndim == 0:
         return tensor
     tensor = tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
     return tensor[:, None, None] if tensor.ndim == 1 else tensor
@@ -221,7 +222,7 @@ class _Gate(_Function):
         mapped = [_mapped(tensor, axis, info.batch_size) for tensor, axis in zip(tensors, axes[2:], strict=True)]
         condition, is_linear = rule
         if not is_linear:
-            in_dims = tuple(None if tensor is None or tensor.ndim == 0 else 0 for tensor in mapped)
+            in_dims = tuple(0 if tensor.ndim else None for tensor in mapped)
             condition = torch.func.vmap(condition, in_dims=in_dims)
         return _gate(compute, (condition, is_linear), *mapped), 0
 

@@ -52,10 +52,10 @@ def _gated(kernel: Any, rows: Rows, form: str | None, conditioning: Conditioning
     # Numbers are part of the function; tensors are saved for the backward pass.
     counts = rows.num_sampled, rows.num_valid
     is_static = isinstance(rows.num_sampled, int) and isinstance(rows.num_valid, int)
+    residuals = (ops.stop_gradient(rows.values), conditioning.damping, *(() if is_static else counts))
     condition = functools.partial(
-        _condition_finished, static_counts=counts if is_static else None, form=form, conditioning=conditioning
+        _condition_finished, static_counts=counts if is_static else (), form=form, conditioning=conditioning
     )
-    residuals = (ops.stop_gradient(rows.values), conditioning.damping, *((None, None) if is_static else counts))
     return backend.gate(kernel, residuals, condition, is_linear=not conditioning.preserve_norm)
 
 
@@ -63,15 +63,12 @@ def _condition_finished(
     gradient: Any,
     values: Any,
     damping: Any,
-    num_sampled: Any,
-    num_valid: Any,
-    *,
-    static_counts: tuple[int, int] | None,
+    *counts: Any,
+    static_counts: tuple[int, ...],
     form: str | None,
     conditioning: Conditioning,
 ) -> Any:
-    counts = static_counts or (num_sampled, num_valid)
-    is_relative = conditioning.relative_damping
+    counts, is_relative = counts or static_counts, conditioning.relative_damping
     conditioned = conditioner.condition(gradient, values, damping, *counts, form=form, is_relative=is_relative)
     return conditioner.with_norm_of(gradient, conditioned) if conditioning.preserve_norm else conditioned
 

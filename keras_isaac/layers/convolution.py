@@ -24,13 +24,11 @@ from keras_isaac.layers.products import (
 class ConvAdapter:
     """`Conv1D/2D/3D` (and `DepthwiseConv`): a row is a patch of the inputs; feature groups are groups."""
 
-    def kernels(self, layer: Any) -> list[keras.Variable]:
-        """The kernel, or LoRA's factors."""
-        return main_kernels(layer)
+    kernels = staticmethod(main_kernels)
 
     def call(self, layer: Any, conditioning_of: ConditioningOf, inputs: Any) -> Any:
         """The layer's own `call`, its kernel conditioned on patches."""
-        return call_with(layer, _on_patches(layer, self.kernels(layer), conditioning_of, inputs), inputs)
+        return call_with(layer, _on_patches(layer, main_kernels(layer), conditioning_of, inputs), inputs)
 
 
 class SeparableConvAdapter:

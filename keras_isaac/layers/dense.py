@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import keras
 from keras import ops
 
 from keras_isaac.curvature.rows import sampled_rows
@@ -22,9 +21,7 @@ from keras_isaac.layers.products import (
 class DenseAdapter:
     """`Dense`: every position of the input is a row; the kernel is `[in, out]`."""
 
-    def kernels(self, layer: Any) -> list[keras.Variable]:
-        """The kernel, or LoRA's factors."""
-        return main_kernels(layer)
+    kernels = staticmethod(main_kernels)
 
     def call(self, layer: Any, conditioning_of: ConditioningOf, inputs: Any, training: bool | None = None) -> Any:
         """`Dense.call`."""
@@ -32,9 +29,11 @@ class DenseAdapter:
         if is_sparse(inputs):
             note_sparse(layer, map(conditioning_of, kernels))
             return own_call(layer)(layer, inputs, training=training)
-        conditioning, mask = conditioning_in_force(kernels, conditioning_of), mask_of(inputs)
-        matrices = [ops.convert_to_tensor(kernel) for kernel in kernels]
+        mask = mask_of(inputs)
         if len(kernels) == 1 and getattr(layer, "quantization_mode", None) is None:
-            return bias_and_activation(layer, product(inputs, matrices[0], conditioning, mask))
-        matrices = conditioned_matrices(kernels, matrices, conditioning_of, sampled_rows(inputs, conditioning, mask))
+            # The only kernel has one, or the adapter would not be called.
+            conditioning: Any = conditioning_of(kernels[0])
+            return bias_and_activation(layer, product(inputs, ops.convert_to_tensor(kernels[0]), conditioning, mask))
+        rows = sampled_rows(inputs, conditioning_in_force(kernels, conditioning_of), mask)
+        matrices = conditioned_matrices(kernels, [ops.convert_to_tensor(each) for each in kernels], conditioning_of, rows)
         return call_with(layer, zip(kernels, matrices, strict=True), inputs, training=training)

@@ -137,24 +137,21 @@ def _late_kernel(
         features = ops.reshape(features, shape)
         if conditioning.record is not None:
             conditioning.note(KernelCall(read_shape, condensed_rows(features)))
-        return _route_gradient(results, probe, features)
+        features = ops.stop_gradient(ops.cast(features, probe.dtype))
+        message = ops.concatenate([features, ops.ones_like(features[..., :1])], axis=-1)
+        return keras.tree.pack_sequence_as(results, list(_route_gradient(keras.tree.flatten(results), probe, message)))
 
     matrix = read if columns is None else ops.concatenate([read, matrix[:, columns:]], axis=1)
     return ops.reshape(matrix, value.shape), bring
 
 
-def _route_gradient(results: Any, probe: Any, features: Any) -> Any:
-    """Returns `results`, a nest of tensors; a gradient that passes through them adds the features to the probe's gradient."""
-    features = ops.stop_gradient(ops.cast(features, probe.dtype))
-    message = ops.concatenate([features, ops.ones_like(features[..., :1])], axis=-1)
-    return keras.tree.pack_sequence_as(results, list(_routing(keras.tree.flatten(results), probe, message)))
+def _route_gradient(tensors: Sequence[Any], probe: Any, message: Any) -> tuple[Any, ...]:
+    """Returns the tensors; a gradient that passes through them adds the message to the probe's gradient."""
 
-
-def _routing(tensors: Sequence[Any], probe: Any, message: Any) -> tuple[Any, ...]:
     def gradients(output_gradients: Sequence[Any], *inputs: Any) -> tuple[Any, ...]:
         *_, probe, message = inputs
         # The loss may contain only derivatives of the results, which therefore route the features too.
-        return *_routing(output_gradients, probe, message), message, None
+        return *_route_gradient(output_gradients, probe, message), message, None
 
     return backend.with_gradients(lambda *inputs: inputs[:-2], gradients, *tensors, probe, message)
 
