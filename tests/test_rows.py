@@ -15,7 +15,7 @@ from keras_isaac import capture_inputs
 from keras_isaac.curvature import plan
 from keras_isaac.curvature.record import KernelCall
 from keras_isaac.curvature.rows import Rows, condensed, sampled_rows
-from keras_isaac.layers.patches import patches
+from keras_isaac.layers.patches import Window, patches
 
 
 def layer_and_data(layer, *shape, seed=0):
@@ -154,7 +154,7 @@ def test_max_rows_in_a_convolution(shape, strides, dilation_rate, padding, max_r
     monkeypatch.setattr(plan, "NUM_READ", 100)
     layer = layers.Conv2D(3, 3, strides=strides, padding=padding, dilation_rate=dilation_rate)
     layer, inputs, cotangent = layer_and_data(layer, *shape)
-    options = ((3, 3), strides, dilation_rate, padding, conditioning(1.0, max_rows=max_rows))
+    options = Window((3, 3), strides, dilation_rate, padding), conditioning(1.0, max_rows=max_rows)
     kept = to_numpy(jit(lambda x: patches(x, *options).values)(ops.convert_to_tensor(inputs)))
     every = {patch.tobytes() for patch in numpy_patches(layer, inputs)}
     limit = min(max(100, max_rows), len(every))
@@ -169,7 +169,7 @@ def test_kept_patches_of_a_convolution_are_on_an_even_grid(monkeypatch):
     monkeypatch.setattr(plan, "NUM_READ", 4 * 16)
     image = np.stack(np.meshgrid(np.arange(12), np.arange(12), indexing="ij"), -1).astype("float32")
     images = ops.convert_to_tensor(np.stack([image] * 4))
-    kept = to_numpy(patches(images, (1, 1), (1, 1), (1, 1), "valid", conditioning(1.0)).values)
+    kept = to_numpy(patches(images, Window((1, 1), (1, 1), (1, 1), "valid"), conditioning(1.0)).values)
     grid = {tuple(place) for place in kept.reshape(-1, 2).astype(int)}
     assert grid == set(itertools.product([1, 4, 7, 10], repeat=2))
 

@@ -61,7 +61,6 @@ if keras.backend.backend() not in ("jax", "tensorflow", "torch"):
 _backend = importlib.import_module(f"keras_isaac.backend.{keras.backend.backend()}")
 
 IS_STATELESS = _backend.IS_STATELESS
-barrier = _backend.barrier
 clip = _backend.clip
 compiled = _backend.compiled
 constant = _backend.constant
@@ -74,9 +73,12 @@ in_scopes = _backend.in_scopes
 is_tracing = _backend.is_tracing
 matmul = _backend.matmul
 product = _backend.product
-scopes_of_recomputation = _backend.scopes_of_recomputation
 segment_sum = _backend.segment_sum
-traced_once = _backend.traced_once
 transpose = _backend.transpose
-untraced = _backend.untraced
 with_gradients = _backend.with_gradients
+
+# Where there is nothing to do: no variable is read after its update, and nothing is traced, or tracing is cheap.
+barrier = getattr(_backend, "barrier", list)
+scopes_of_recomputation = getattr(_backend, "scopes_of_recomputation", tuple)
+traced_once = getattr(_backend, "traced_once", lambda function: function)
+untraced = getattr(_backend, "untraced", lambda function: None)

@@ -28,11 +28,6 @@ transpose = operator.attrgetter("mT")
 segment_sum = jax.ops.segment_sum
 
 
-def traced_once(function: Callable) -> Callable:
-    """Returns `function`: tracing is cheap on JAX."""
-    return function
-
-
 def is_tracing(tensor: Any) -> bool:
     """Whether Python runs for the step that computes with `tensor`."""
     return isinstance(getattr(tensor, "value", tensor), jax.core.Tracer)
@@ -54,16 +49,6 @@ def _key(value: Any) -> Any:
     if isinstance(value, jax.core.Tracer):
         return object()
     return value.item() if isinstance(value, jax.Array) else value
-
-
-def scopes_of_recomputation() -> tuple[()]:
-    """Returns nothing: JAX recomputes what it traced, and runs no Python."""
-    return ()
-
-
-def untraced(function: Callable) -> None:
-    """Returns `None`: no function of a layer keeps a trace of another scope."""
-    return None
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -243,7 +228,3 @@ def gradients_of(function: Callable, tensors: Sequence[jax.Array]) -> tuple[Any,
     """Returns the second result of `function`, and the gradients of its first, a loss."""
     gradients, results = jax.grad(function, has_aux=True)(tensors)
     return results, gradients
-
-
-# No variable is read after its update.
-barrier = list

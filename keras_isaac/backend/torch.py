@@ -301,11 +301,7 @@ def gradients_of(function: Callable, tensors: Sequence[torch.Tensor]) -> tuple[A
         return results, torch.autograd.grad(loss, tensors, materialize_grads=True)
 
 
-# No variable is read after its update.
-barrier = list
-
-
-# State. Nothing is traced.
+# State.
 
 
 def is_tracing(tensor: Any) -> bool:
@@ -313,16 +309,9 @@ def is_tracing(tensor: Any) -> bool:
     return True
 
 
-def untraced(function: Callable) -> None:
-    """Returns `None`: no function of a layer keeps a trace of another scope."""
-    return None
-
-
-def _itself(function: Callable) -> Callable:
+def compiled(function: Callable) -> Callable:
+    """Returns `function`: it runs eagerly."""
     return function
-
-
-compiled = traced_once = _itself
 
 
 # The scopes that are open in any thread: PyTorch runs backward passes on a GPU in threads of its own.

@@ -10,7 +10,7 @@ from keras import ops
 from keras_isaac.curvature.operations import conditioned
 from keras_isaac.curvature.rows import Rows, sampled_rows
 from keras_isaac.keras_hooks import call_with
-from keras_isaac.layers.patches import patches
+from keras_isaac.layers.patches import Window, patches
 from keras_isaac.layers.products import (
     ConditioningOf,
     Pairs,
@@ -75,8 +75,7 @@ class ConvTransposeAdapter:
 
 def _on_patches(layer: Any, kernels: Sequence[keras.Variable], conditioning_of: ConditioningOf, inputs: Any) -> Pairs:
     inputs = channels_last(layer, ops.stop_gradient(inputs))
-    conditioning = conditioning_in_force(kernels, conditioning_of)
-    rows = patches(inputs, *window_of(layer), conditioning=conditioning)
+    rows = patches(inputs, window_of(layer), conditioning_in_force(kernels, conditioning_of))
     # A depthwise convolution has a group for each channel.
     return conditioned_on_patches(kernels, conditioning_of, rows, getattr(layer, "groups", inputs.shape[-1]))
 
@@ -93,22 +92,22 @@ def conditioned_on_patches(
         rows: `Rows` of patches, `[rows, positions, channels]`, the last two axes merged or not.
         groups: integer, the number of groups.
     """
-    tensors = list(map(ops.convert_to_tensor, kernels))
-    size, num_in = math.prod(tensors[0].shape[:-2]), math.prod(rows.values.shape[1:]) // groups
-    values, groups_of = rows.values, [groups]
+    first, *others = map(ops.convert_to_tensor, kernels)
+    size, num_in = math.prod(first.shape[:-2]), math.prod(rows.values.shape[1:]) // groups
+    values, groups_of_first = rows.values, groups
     if groups > 1:
         # [rows, positions, groups * in] -> [groups, rows, positions, in]
         values = ops.transpose(ops.reshape(values, (-1, size, groups, num_in // size)), (2, 0, 1, 3))
-    if len(kernels) == 2:
+    if others:
         # LoRA's first factor multiplies the patches of all groups, and its second has columns for each.
-        groups_of = [1, groups]
+        groups_of_first = 1
         num_sampled, num_valid, num_total = (None if number is None else number * groups for number in rows[1:4])
         rows = rows._replace(num_sampled=num_sampled, num_valid=num_valid, num_total=num_total)
-    rows = rows._replace(values=ops.reshape(values, (-1, num_in) if groups_of[0] == 1 else (groups, -1, num_in)))
-    nums_in = (num_in, tensors[-1].shape[0])
-    matrices = [_matrix_of(*each) for each in zip(tensors, nums_in, groups_of, strict=False)]
-    matrices = conditioned_matrices(kernels, matrices, conditioning_of, rows)
-    values = [_kernel_of(matrix, value.shape, each) for matrix, value, each in zip(matrices, tensors, groups_of, strict=True)]
+    rows = rows._replace(values=ops.reshape(values, (-1, num_in) if groups_of_first == 1 else (groups, -1, num_in)))
+    matrices = [_matrix_of(first, num_in, groups_of_first), *(_matrix_of(each, each.shape[0], groups) for each in others)]
+    matrix, *matrices = conditioned_matrices(kernels, matrices, conditioning_of, rows)
+    values = [_kernel_of(matrix, first.shape, groups_of_first)]
+    values += [_kernel_of(matrix, each.shape, groups) for matrix, each in zip(matrices, others, strict=True)]
     return list(zip(kernels, values, strict=True))
 
 
@@ -129,6 +128,6 @@ def channels_last(layer: Any, images: Any, axis: int = 1) -> Any:
     return images if layer.data_format == "channels_last" else ops.moveaxis(images, axis, -1)
 
 
-def window_of(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], str]:
-    """Returns which patches a convolution multiplies, as the arguments of `patches`."""
-    return layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding
+def window_of(layer: Any) -> Window:
+    """Returns which patches a layer, or a recurrent cell, multiplies."""
+    return Window(layer.kernel_size, layer.strides, layer.dilation_rate, layer.padding)

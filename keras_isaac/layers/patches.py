@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from keras import ops
@@ -17,105 +17,92 @@ from keras_isaac.scope import Conditioning
 _Grid: TypeAlias = tuple[tuple[Any, ...], tuple[Any, ...], tuple[int, ...], tuple[Any, ...], tuple[tuple[int, ...], ...], bool]
 
 
-def positions(
-    lengths: Any, kernel_size: tuple[int, ...], strides: tuple[int, ...], dilation_rate: tuple[int, ...], padding: str
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Returns a convolution's padding before each spatial axis, and its number of positions along it.
+class Window(NamedTuple):
+    """The patches of an image that a convolution multiplies.
 
     Args:
-        lengths: the sizes of the spatial axes, integers, or scalar tensors where tracing leaves them open.
         kernel_size: tuple of integers, one per spatial axis, as are `strides` and `dilation_rate`.
         strides: tuple of integers.
         dilation_rate: tuple of integers.
         padding: `"valid"`, `"same"` or `"causal"`.
     """
+
+    kernel_size: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilation_rate: tuple[int, ...]
+    padding: str
+
+
+def positions(lengths: Any, window: Window) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Returns a convolution's padding before each spatial axis, and its number of positions along it.
+
+    Args:
+        lengths: the sizes of the spatial axes, integers, or scalar tensors where tracing leaves them open.
+        window: the `Window`.
+    """
     before, outputs = [], []
-    for length, size, stride, dilation in zip(lengths, kernel_size, strides, dilation_rate, strict=True):
+    for length, size, stride, dilation in zip(lengths, *window[:3], strict=True):
         extent = (size - 1) * dilation + 1
-        missing = {"valid": 0, "causal": extent - 1}.get(padding)
+        missing = {"valid": 0, "causal": extent - 1}.get(window.padding)
         if missing is None:
             missing = (-(-length // stride) - 1) * stride + extent - length
             missing = max(missing, 0) if isinstance(length, int) else ops.maximum(missing, 0)
-        before.append(missing // 2 if padding == "same" else missing)
+        before.append(missing // 2 if window.padding == "same" else missing)
         outputs.append((length + missing - extent) // stride + 1)
     return tuple(before), tuple(outputs)
 
 
-def patches(
-    inputs: Any,
-    kernel_size: tuple[int, ...],
-    strides: tuple[int, ...],
-    dilation_rate: tuple[int, ...],
-    padding: str,
-    conditioning: Conditioning,
-) -> Rows:
-    """Returns the patches of channels-last `inputs` that a convolution multiplies, as `Rows` `[rows, positions, channels]`.
+def patches(inputs: Any, window: Window, conditioning: Conditioning) -> Rows:
+    """Returns the patches of channels-last `inputs` that a convolution multiplies.
 
     If there are more patches than are read, forms only those on a coarser grid of positions.
 
     Args:
         inputs: tensor `[samples, *spatial, channels]`.
-        kernel_size: as in `positions`, and so are the others.
-        strides: tuple of integers.
-        dilation_rate: tuple of integers.
-        padding: `"valid"`, `"same"` or `"causal"`.
+        window: the `Window`.
         conditioning: the `Conditioning` in force.
 
     Returns:
         `Rows` of a tensor `[rows, prod(kernel_size), channels]`.
     """
     num_samples, *lengths, num_channels = ops.shape(inputs)
-    before, outputs = positions(lengths, kernel_size, strides, dilation_rate, padding)
-    steps = zip(kernel_size, dilation_rate, strict=True)
+    before, outputs = positions(lengths, window)
+    steps, is_padded = zip(window.kernel_size, window.dilation_rate, strict=True), window.padding != "valid"
     offsets = tuple(itertools.product(*(range(0, size * each, each) for size, each in steps)))
     num_total = expected_total(tuple(size if isinstance(size, int) else None for size in (inputs.shape[0], *outputs)))
-    is_reduced = conditioning.weight_sharing == "reduce"
-    if not is_reduced:
-        grid = (tuple(lengths), before, tuple(strides), outputs, offsets, padding != "valid")
-        values = _some_patches(inputs, grid, num_read(conditioning))
-        return Rows(values, ops.shape(values)[0], math.prod((num_samples, *outputs)), num_total, True)
+    if conditioning.weight_sharing != "reduce":
+        grid = (tuple(lengths), before, tuple(window.strides), outputs, offsets, is_padded)
+        values, num_valid = _some_patches(inputs, grid, num_read(conditioning)), math.prod((num_samples, *outputs))
+        return Rows(values, ops.shape(values)[0], num_valid, num_total, True)
     # Pads both sides wide enough for any length. A patch starts where its padding starts.
-    widths = [offset if padding != "valid" else 0 for offset in offsets[-1]]
+    widths = [offset if is_padded else 0 for offset in offsets[-1]]
     if any(widths):
         inputs = ops.pad(inputs, [(0, 0), *((width, width) for width in widths), (0, 0)])
-    slices = []
+    means = []
     for offset in offsets:
         starts = [width - pad + place for width, pad, place in zip(widths, before, offset, strict=True)]
-        places = zip(starts, strides, outputs, strict=True)
+        places = zip(starts, window.strides, outputs, strict=True)
         index = [slice(start, start + (output - 1) * stride + 1, stride) for start, stride, output in places]
-        slices.append(ops.mean(inputs[(slice(None), *index)], axis=tuple(range(1, len(index) + 1))))
-    stacked = subsample(
-        ops.reshape(ops.stack(slices, axis=-2), (-1, len(slices), num_channels)), num_read(conditioning), axis=0
-    )
-    return Rows(stacked, ops.shape(stacked)[0], num_samples, num_total, True)
+        means.append(ops.mean(inputs[(slice(None), *index)], axis=tuple(range(1, len(index) + 1))))
+    values = ops.reshape(ops.stack(means, axis=-2), (-1, len(means), num_channels))
+    values = subsample(values, num_read(conditioning), axis=0)
+    return Rows(values, ops.shape(values)[0], num_samples, num_total, True)
 
 
-def patch_rows(
-    images: Any,
-    conditioning: Conditioning,
-    mask: Any,
-    kernel_size: tuple[int, ...],
-    strides: tuple[int, ...],
-    dilation_rate: tuple[int, ...],
-    padding: str,
-) -> Rows:
+def patch_rows(images: Any, conditioning: Conditioning, mask: Any, window: Window) -> Rows:
     """Returns the patches that a convolution multiplies in the images of all time steps, as `Rows` of a matrix.
 
     Args:
         images: tensor `[samples, steps, *spatial, channels]`.
         conditioning: the `Conditioning` in force.
         mask: tensor `[samples, steps]`, true where a step is valid, or `None`.
-        kernel_size: tuple of integers, as in `positions`, as are the arguments after it.
-        strides: tuple of integers.
-        dilation_rate: tuple of integers.
-        padding: string.
+        window: the `Window`.
     """
-    places = (kernel_size, strides, dilation_rate, padding)
     samples, steps, *image = ops.shape(images)
     images = ops.reshape(images, (samples * steps, *image))
     is_reduced = conditioning.weight_sharing == "reduce"
     # The mean patch of every image is needed for the mean over a sample's images.
-    rows = patches(images, *places, dataclasses.replace(conditioning, max_rows=2**31) if is_reduced else conditioning)
+    rows = patches(images, window, dataclasses.replace(conditioning, max_rows=2**31) if is_reduced else conditioning)
     # [rows, kernel positions, channels] -> [rows, kernel positions * channels]
     num_in = rows.values.shape[1] * image[-1]
     values = ops.reshape(rows.values, (ops.shape(rows.values)[0], num_in))
@@ -127,10 +114,10 @@ def patch_rows(
     # The patches of images whose one channel is the mask. A patch reads at least one position of the image.
     mask = ops.reshape(ops.cast(mask, "float32"), (samples * steps, *[1] * len(image)))
     num_images_valid = ops.sum(mask)
-    mask = patches(ops.broadcast_to(mask, (samples * steps, *image[:-1], 1)), *places, conditioning).values
+    mask = patches(ops.broadcast_to(mask, (samples * steps, *image[:-1], 1)), window, conditioning).values
     mask = ops.max(mask, axis=1)
     num_sampled = ops.sum(mask, axis=(-2, -1), keepdims=True)
-    _, outputs = positions(image[:-1], *places)
+    _, outputs = positions(image[:-1], window)
     num_valid = ops.reshape(num_images_valid * math.prod(outputs), (1, 1))
     return Rows(values * ops.cast(mask, values.dtype), num_sampled, num_valid, rows.num_total, True)
 
@@ -138,28 +125,24 @@ def patch_rows(
 def _some_patches(inputs: Any, grid: _Grid, max_rows: int) -> Any:
     """Returns the patches of a coarse grid of positions, of some samples."""
     num_samples, num_channels = ops.shape(inputs)[0], inputs.shape[-1]
-    is_static = _is_static(num_samples, grid)
-    index, is_inside = (_static_places if is_static else _places)(num_samples, grid, max_rows)
+    is_static = all(isinstance(size, int) for size in (num_samples, *grid[0]))
+    index, is_inside = (_static_places if is_static else _places)(num_samples, grid, max_rows, numbers=np if is_static else ops)
     pixels = ops.reshape(inputs, (num_samples * math.prod(grid[0]), num_channels))
     # Of no pixels, JAX would take no positions either.
     rows = ops.reshape(ops.take(pixels, as_index(index), axis=0), (*ops.shape(index), num_channels))
     return rows if is_inside is None else ops.where(as_index(is_inside)[..., None], rows, ops.zeros((), rows.dtype))
 
 
-def _is_static(num_samples: Any, grid: _Grid) -> bool:
-    return all(isinstance(size, int) for size in (num_samples, *grid[0]))
-
-
-def _places(num_samples: Any, grid: _Grid, max_rows: int) -> tuple[Any, Any]:
+def _places(num_samples: Any, grid: _Grid, max_rows: int, numbers: Any) -> tuple[Any, Any]:
     """Returns which of the flattened pixels make up the patches `[rows, kernel positions]`, and which lie inside the image.
 
     Args:
         num_samples: integer, or scalar tensor.
         grid: the convolution, see `_Grid`.
         max_rows: integer.
+        numbers: `numpy`, or `keras.ops` if a number is a tensor.
     """
     lengths, before, strides, outputs, offsets, is_padded = grid
-    numbers = np if _is_static(num_samples, grid) else ops
     num_positions = math.prod(outputs)
     # Keeps about sixteen positions of a sample rather than more samples. The grid is then as coarse as the limit requires.
     if isinstance(num_positions, int):

@@ -21,7 +21,7 @@ from keras_isaac.curvature.record import KernelCall
 from keras_isaac.curvature.rows import Rows, condensed, sampled_rows
 from keras_isaac.keras_hooks import call_with, with_attributes
 from keras_isaac.layers.convolution import channels_last, window_of
-from keras_isaac.layers.patches import patch_rows
+from keras_isaac.layers.patches import Window, patch_rows
 from keras_isaac.layers.products import ConditioningOf, Pairs
 from keras_isaac.scope import Conditioning
 
@@ -263,8 +263,8 @@ def _rows_of(inputs: Any, conditioning: Conditioning, mask: Any, layer: Any, of_
         return sampled_rows(inputs, conditioning, mask)
     # The convolution of the states has neither strides nor dilation.
     ones = (1,) * cell.rank
-    window = (cell.kernel_size, ones, ones, "same") if of_states else window_of(cell)
-    return patch_rows(channels_last(cell, inputs, axis=2), conditioning, mask, *window)
+    window = Window(cell.kernel_size, ones, ones, "same") if of_states else window_of(cell)
+    return patch_rows(channels_last(cell, inputs, axis=2), conditioning, mask, window)
 
 
 def _mask_of_states(mask: Any, go_backwards: bool) -> Any:

@@ -35,7 +35,7 @@ class TimeDistributedAdapter:
         elif None not in (images := channels_last(wrapped, inputs, axis=2)).shape[2:-1]:
             # TensorFlow may trace a step for images of any size. There is no grid of patches then, and the gradient is plain.
             # A step is valid if any position in it is.
-            rows = patch_rows(images, conditioning, _mask_of_positions(mask, images, 2), *window_of(wrapped))
+            rows = patch_rows(images, conditioning, _mask_of_positions(mask, images, 2), window_of(wrapped))
             values = conditioned_on_patches(kernels, conditioning_of, rows, wrapped.groups)
         # The wrapped layer may be captured itself, and would condition its kernels again at every step.
         own = types.MethodType(own_call(wrapped), wrapped)
