@@ -6,18 +6,10 @@ from typing import Any, Literal
 
 import keras
 from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_isaac import backend, scope
-from keras_isaac.arguments import (
-    LearningRateSchedule,
-    build_damping,
-    build_inner_optimizer,
-    check_damping,
-    check_flags,
-    check_number,
-    check_weight_sharing,
-    public_config,
-)
+from keras_isaac.arguments import build_inner_optimizer, check_damping, check_options
 from keras_isaac.captured_layer import is_chosen
 from keras_isaac.captured_model import capture_copy
 from keras_isaac.optimizer_wrapper import OptimizerWrapper
@@ -104,10 +96,9 @@ class ISAAC(OptimizerWrapper):
         per_replica: bool = False,
         **kwargs: Any,
     ) -> None:
-        if output_damping is not None:
-            check_number("output_damping", output_damping, "a finite number above 0 or `None`")
-        check_weight_sharing(weight_sharing, max_rows)
-        check_flags(relative_damping=relative_damping, preserve_norm=preserve_norm, per_replica=per_replica)
+        check_damping(damping)
+        flags = {"relative_damping": relative_damping, "preserve_norm": preserve_norm, "per_replica": per_replica}
+        check_options(output_damping, weight_sharing, max_rows, **flags)
         super().__init__(build_inner_optimizer(inner_optimizer, learning_rate, kwargs), name)
         self.relative_damping = relative_damping
         self.preserve_norm = preserve_norm
@@ -118,7 +109,19 @@ class ISAAC(OptimizerWrapper):
         # Which layers of a copied model are to be captured: `True` for all, or their paths; `None` if that is not known.
         self.captured: bool | frozenset[str] | None = None
         self.step_check = StepCheck()
-        self._damping = build_damping(damping, self.name)
+        self._damping = damping if isinstance(damping, LearningRateSchedule) else self._damping_variable(float(damping))
+
+    def _damping_variable(self, damping: float) -> keras.Variable:
+        with keras.name_scope(self.name):
+            return keras.Variable(
+                damping,
+                dtype=keras.backend.floatx(),
+                trainable=False,
+                # Layers read it, and would round it to their compute dtype: 1e-8 is 0 in float16.
+                autocast=False,
+                aggregation="only_first_replica",
+                name="damping",
+            )
 
     @property
     def damping(self) -> Any:
@@ -264,9 +267,18 @@ class ISAAC(OptimizerWrapper):
         if isinstance(self._damping, keras.Variable) and "damping" in store.keys():  # noqa: SIM118 (a store of HDF5)
             self._damping.assign(store["damping"])
 
+    def _inner_config(self) -> dict[str, Any]:
+        """Returns the serialized inner optimizer, with the class of `keras.optimizers` for one of its backend's."""
+        inner = self.inner_optimizer
+        config = keras.saving.serialize_keras_object(inner)
+        public_class = getattr(keras.optimizers, type(inner).__name__, None)
+        if type(inner).__module__.startswith("keras.") and public_class in type(inner).__mro__[1:]:
+            config = {**config, "module": "keras.optimizers", "registered_name": None}
+        return config
+
     def get_config(self) -> dict[str, Any]:
         """Returns the configuration: the arguments, and the serialized inner optimizer."""
-        inner_optimizer = public_config(self.inner_optimizer)
+        inner_optimizer = self._inner_config()
         if isinstance(self._damping, LearningRateSchedule):
             damping: Any = keras.optimizers.schedules.serialize(self._damping)
         else:
