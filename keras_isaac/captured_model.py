@@ -13,7 +13,7 @@ from keras_isaac.captured_layer import capture, is_chosen
 from keras_isaac.layers import adapter_of
 from keras_isaac.optimizer_wrapper import has_several, isaacs_in
 from keras_isaac.selection import Containers, Rule, check_matches, matches, shorten, walk
-from keras_isaac.step_check import not_captured_error, nothing_to_condition, reused_error
+from keras_isaac.step_check import nothing_to_condition, reused_error
 
 
 class CapturedModel:
@@ -108,19 +108,17 @@ class CapturedModel:
     def before_training(self, is_new: bool) -> None:
         """Finds the layers that were added since, and raises if `ISAAC` could condition nothing in the step."""
         model = self._model()
-        if self.is_captured and is_new:
-            self._find_layers()
-            if is_built(model):
-                check_matches(model, self._include, self._exclude)
         if not self.is_captured:
             check_is_captured(model, self._has_own_step)
             return
+        if is_new:
+            self._find_layers()
+            if is_built(model):
+                check_matches(model, self._include, self._exclude)
         isaacs = isaacs_in(model.optimizer)
-        if not isaacs:
-            return
-        if not self._has_own_step and not has_several(model.optimizer):
+        if isaacs and not self._has_own_step and not has_several(model.optimizer):
             self._check_variables(model, isaacs[0].step_check.trained)
-        if is_new and model.trainable_variables and is_built(model):
+        if isaacs and is_new and model.trainable_variables and is_built(model):
             advice = nothing_to_condition(model)
             if advice is not None:
                 raise ValueError(advice)
@@ -157,7 +155,11 @@ def check_is_captured(model: keras.Model, has_own_step: bool) -> None:
     """Raises if a model that is not captured would train with `ISAAC`."""
     # A `train_step` of the model's own may open a scope for layers that were captured otherwise.
     if isaacs_in(model.optimizer) and not (has_own_step and any(is_chosen(layer) for layer, _ in walk(model))):
-        raise not_captured_error(model)
+        raise ValueError(
+            f"Write `model = capture_inputs(model)` (from `keras_isaac`) before training: '{model.name}' is compiled with "
+            "`ISAAC`, but it is not captured. To train without conditioning, compile with the inner optimizer. A layer "
+            "captured alone is conditioned in loops of your own only."
+        )
 
 
 # Before Keras takes the weights out of the model, as it does on JAX.

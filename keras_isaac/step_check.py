@@ -70,15 +70,6 @@ class StepCheck:
         raise ValueError(f"{advice} {received}.{_WEIGHTS_ARE_LOST}")
 
 
-def not_captured_error(model: keras.Model) -> ValueError:
-    """Returns the error of a model that trains with `ISAAC` and is not captured."""
-    return ValueError(
-        f"Write `model = capture_inputs(model)` (from `keras_isaac`) before training: '{model.name}' is compiled with `ISAAC`, "
-        "but it is not captured. To train without conditioning, compile with the inner optimizer. A layer captured alone is "
-        "conditioned in loops of your own only."
-    )
-
-
 def reused_error(what: str, variables: Sequence) -> ValueError:
     """Returns the error of an `ISAAC` that was built for the variables of another model."""
     return ValueError(
