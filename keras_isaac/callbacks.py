@@ -104,18 +104,13 @@ class CurvatureMonitor(keras.callbacks.Callback):
         """Starts a new history."""
         self.history = {"step": []}
         self._measure = None
-        self._epoch_start = self._next_in_epoch = 0
-
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Counts the steps of earlier epochs."""
-        self._epoch_start = self._next_in_epoch
+        self._next_step = 0
 
     # Not at the end of a batch: a callback that is called there makes JAX wait for every step.
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures every `every_steps` steps."""
-        step = self._epoch_start + batch
-        self._next_in_epoch = step + self.model.steps_per_execution
-        steps = self.history["step"]
+        step, steps = self._next_step, self.history["step"]
+        self._next_step += self.model.steps_per_execution
         if steps and step < steps[-1] + self.every_steps:
             return
         if self._measure is None:

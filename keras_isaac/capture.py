@@ -95,8 +95,9 @@ def release_inputs(target: Target) -> Target:
     if isinstance(target, type) and issubclass(target, keras.Model):
         _release_class(target)
     elif isinstance(target, keras.Model):
-        if keras_hooks.owner_of(target) is not None:
-            captured_model(target).release()
+        owner = keras_hooks.owner_of(target)
+        if owner is not None:
+            owner.release()
     elif isinstance(target, keras.Layer):
         for layer, _ in walk(target):
             captured_layer.captured_alone.discard(layer)

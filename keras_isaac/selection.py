@@ -74,7 +74,12 @@ def check_matches(model: keras.Model, include: tuple[Rule, ...] | None, exclude:
         for rule in rules or ():
             named = [layer for layer, containers in layers if matches((rule,), layer, containers)]
             if not named:
-                _raise_unmatched(name, rule, model, [layer.path for layer, _ in layers if adapter_of(layer)])
+                hint = ""
+                if isinstance(rule, str):
+                    paths = [layer.path for layer, _ in layers if adapter_of(layer)]
+                    nearest = difflib.get_close_matches(rule, paths, n=2, cutoff=0)
+                    hint = f"A regular expression must match a whole `layer.path`, such as {', '.join(map(repr, nearest))}. "
+                raise ValueError(f"{hint}`{name}` matches no layer of {describe(model)}. Received: {name}={describe(rule)}")
             if name == "include" and not any(adapter_of(layer) for layer in named):
                 raise_unsupported(sorted({describe(layer) for layer in named}), f"include={describe(rule)}")
 
@@ -97,11 +102,3 @@ def raise_unsupported(layers: list[str], received: str) -> NoReturn:
         "Register the layer by `keras_isaac.register_layer`, or leave it out: then it trains with its plain gradient. There is "
         f"no conditioned form of {shorten(layers)}. Received: {received}"
     )
-
-
-def _raise_unmatched(name: str, rule: Rule, model: keras.Model, paths: list[str]) -> NoReturn:
-    hint = ""
-    if isinstance(rule, str):
-        nearest = sorted(paths, key=lambda path: difflib.SequenceMatcher(None, rule, path).ratio(), reverse=True)
-        hint = f"A regular expression must match a whole `layer.path`, such as {', '.join(map(repr, nearest[:2]))}. "
-    raise ValueError(f"{hint}`{name}` matches no layer of {describe(model)}. Received: {name}={describe(rule)}")
