@@ -2,6 +2,10 @@
 
 import contextlib
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import keras
@@ -190,3 +194,49 @@ def _step_of_torch(layer, inputs, cotangent, optimizer, compiled):
 
 
 _STEP_OF = {"jax": _step_of_jax, "tensorflow": _step_of_tensorflow, "torch": _step_of_torch}
+
+
+def run_python(*arguments, cwd=None, returncode=0, **environment):
+    """Runs Python in a process of its own, in the folder of the tests by default, and returns what it prints."""
+    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
+    cwd, environment = cwd or Path(__file__).parent, {**os.environ, **environment}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    assert result.returncode == returncode, result.stdout + result.stderr
+    return result.stdout + (result.stderr if returncode else "")
+
+
+def eager_gradients(compute_loss, variables, scope=None):
+    """The loss, computed inside the scope, and its gradients, on TensorFlow and PyTorch (JAX differentiates functions)."""
+    scope = scope or contextlib.nullcontext()
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape, scope:
+            loss = compute_loss()
+        return loss, tape.gradient(loss, [variable.value for variable in variables])
+    for variable in variables:
+        variable.value.grad = None
+    with scope:
+        loss = compute_loss()
+    loss.backward()
+    return loss, [variable.value.grad for variable in variables]
+
+
+def gradients_by(function, inputs):
+    """The gradient of a scalar function by its inputs, a tensor or a list, which can be differentiated again."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.grad(function)(inputs)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            value = function(inputs)
+        return tape.gradient(value, inputs)
+    import torch
+
+    inputs = keras.tree.map_structure(lambda x: x if x.requires_grad else x.detach().requires_grad_(), inputs)
+    gradients = torch.autograd.grad(function(inputs), keras.tree.flatten(inputs), create_graph=True)
+    return keras.tree.pack_sequence_as(inputs, gradients)

@@ -6,6 +6,8 @@ import oracle
 import pytest
 from harness import to_numpy
 
+from keras_isaac import capture_inputs
+
 
 def regression(num=48, features=6, outputs=3, seed=0):
     """Inputs and targets of a smooth function."""
@@ -43,6 +45,13 @@ def weights(model):
 def fit(model, data, **kwargs):
     """A silent `fit` in the order of the data."""
     return model.fit(*data, **{"verbose": 0, "shuffle": False, "batch_size": 16, **kwargs})
+
+
+def captured(optimizer, model=None, **options):
+    """The model, by default `mlp()`, captured and compiled."""
+    model = capture_inputs(mlp() if model is None else model)
+    model.compile(optimizer=optimizer, **{"loss": "mse", **options})
+    return model
 
 
 def trained(optimizer, capture=None, data=None, compile_options=None, **kwargs):

@@ -1,5 +1,6 @@
 """What several devices are to give, by training on parts of each batch; and processes of their own for them."""
 
+import functools
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import BACKEND, paper_isaac, to_numpy
+from harness import eager_gradients, paper_isaac, to_numpy
 from models import assert_close, assert_differ, mlp, regression, sequence_network, sequences, weights
 
 from keras_isaac import capture_inputs
@@ -81,18 +82,8 @@ def one_device_training(num_replicas):
     for x, y in zip(np.split(inputs, NUM_STEPS), np.split(targets, NUM_STEPS), strict=True):
         gradients = []
         for part, part_y in zip(np.split(x, num_replicas), np.split(y, num_replicas), strict=True):
-            if BACKEND == "tensorflow":
-                import tensorflow as tf
-
-                with optimizer.conditioning(), tf.GradientTape() as tape:
-                    loss = loss_fn(part_y, model(part, training=True))
-                gradients.append(tape.gradient(loss, [variable.value for variable in variables]))
-            else:
-                model.zero_grad()
-                with optimizer.conditioning():
-                    loss = loss_fn(part_y, model(part, training=True))
-                loss.backward()
-                gradients.append([variable.value.grad.clone() for variable in variables])
+            loss = functools.partial(lambda x, y: loss_fn(y, model(x, training=True)), part, part_y)
+            gradients.append(eager_gradients(loss, variables, optimizer.conditioning())[1])
         means = [np.mean([to_numpy(each) for each in parts], axis=0) for parts in zip(*gradients, strict=True)]
         optimizer.apply([keras.ops.cast(mean, "float32") for mean in means], variables)
     return weights(model)

@@ -2,15 +2,14 @@
 
 import importlib
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import keras
 import pytest
 from harness import BACKEND
+from test_examples import run
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 
@@ -162,16 +161,10 @@ def test_counts_the_plain_and_the_captured_step_in_the_same_way(accelerators, ca
     assert "cycles" not in table
 
 
-def run(*arguments, cwd):
-    command = [sys.executable, str(BENCHMARKS / "accelerators.py"), *map(str, arguments)]
-    environment = {**os.environ, "COLUMNS": "120"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
-
-
 @pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch")
 def test_torch_prints_and_saves_the_path_of_cuda_tensors(tmp_path):
-    result = run("--platform", "torch", "--models", "mlp-100", "--inner", "sgd", "--json", "torch.json", cwd=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
+    arguments = ("--platform", "torch", "--models", "mlp-100", "--inner", "sgd", "--json", "torch.json")
+    output = run("benchmarks/accelerators.py", *arguments, cwd=tmp_path)
     plain, captured = json.loads((tmp_path / "torch.json").read_text())["results"]
     assert plain["operations"] < captured["operations"]
     # On the CPU's path, five inverses would read numbers. Keras reads one itself.
@@ -181,9 +174,7 @@ def test_torch_prints_and_saves_the_path_of_cuda_tensors(tmp_path):
     for each in (plain, captured):
         assert each["operations"] == sum(each["by_name"].values())
         assert each["copies"] == sum(each["copied_by"].values())
-        assert re.search(
-            rf"mlp-100 +{each['step']} +{each['operations']} .*{each['reads']} +{each['copies']} ", result.stdout
-        ), result.stdout
+        assert re.search(rf"mlp-100 +{each['step']} +{each['operations']} .*{each['reads']} +{each['copies']} ", output), output
 
 
 TORCH = {

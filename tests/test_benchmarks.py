@@ -6,13 +6,12 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import keras
 import numpy as np
 import pytest
-from harness import slow_but_on_torch
+from harness import run_python, slow_but_on_torch
 from test_examples import EXAMPLES, run
 
 BENCHMARKS = EXAMPLES / "benchmarks"
@@ -161,10 +160,8 @@ def load_benchmark(name):
 
 
 def run_script(code, folder):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path]), "KERAS_BACKEND": "jax"}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    path = os.pathsep.join([str(BENCHMARKS), *sys.path])
+    run_python("-c", code, cwd=folder, PYTHONPATH=path, KERAS_BACKEND="jax")
 
 
 def steps_of(optimizer, gradients):

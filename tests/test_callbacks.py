@@ -9,7 +9,7 @@ import oracle
 import pytest
 from harness import BACKEND, conditioning, paper_isaac, to_numpy
 from keras import layers
-from models import fit, mlp, regression, sequences, with_random_weights
+from models import captured, fit, mlp, regression, sequences, with_random_weights
 
 from keras_isaac import capture_inputs, measurement
 from keras_isaac.callbacks import CurvatureMonitor
@@ -154,8 +154,7 @@ def test_failed_inverses_are_counted(num, max_rows):
 
 
 def test_a_huge_damping_gives_the_plain_gradient():
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(damping=1e8), loss="mse")
+    model = captured(paper_isaac(damping=1e8))
     monitor = monitored(model, regression(16), regression(8))
     assert numbers(monitor, model.get_layer("hidden").kernel.path)[2:] == pytest.approx([1, 1], abs=1e-5)
 
@@ -208,8 +207,7 @@ def test_progress_lines_are_short_unless_the_numbers_are_logged(capsys):
 
 
 def test_logs_have_the_same_keys_every_epoch(tmp_path):
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(), loss="mse", steps_per_execution=STEPS)
+    model = captured(paper_isaac(), steps_per_execution=STEPS)
     monitor, logger = CurvatureMonitor(regression(8), every_steps=5, log=True), keras.callbacks.CSVLogger(tmp_path / "log.csv")
     history = fit(model, regression(64), epochs=3, callbacks=[monitor, logger])
     # Four steps an epoch, one or two at a time.
@@ -237,16 +235,14 @@ class Own(keras.Model):
 
 @pytest.mark.parametrize("eagerly", [False, True], ids=["compiled", "eager"])
 def test_a_model_that_is_not_built(eagerly):
-    model = capture_inputs(Own())
-    model.compile(optimizer=paper_isaac(), loss="mse", run_eagerly=eagerly)
+    model = captured(paper_isaac(), Own(), run_eagerly=eagerly)
     monitor = monitored(model, regression(32), (*regression(8), np.ones(8, "float32")))
     assert len(monitor.history) == 11
 
 
 def test_plot(monkeypatch):
     pytest.importorskip("matplotlib")
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(), loss="mse")
+    model = captured(paper_isaac())
     monitor = CurvatureMonitor(regression(8))
     with pytest.raises(ValueError, match=r"Write `model.fit\(..., callbacks=\[monitor\]\)` first: there is nothing to plot"):
         monitor.plot()
@@ -274,8 +270,7 @@ def test_plot(monkeypatch):
 def test_the_plot_shades_where_the_damping_is_too_high_or_too_low():
     pytest.importorskip("matplotlib")
     for damping, reached in ((1e8, "damping too high"), (1.0, None), (1e-8, "damping too low")):
-        model = capture_inputs(mlp())
-        model.compile(optimizer=paper_isaac(damping=damping), loss="mse")
+        model = captured(paper_isaac(damping=damping))
         monitor = CurvatureMonitor(regression(8))
         fit(model, regression(16), callbacks=[monitor])
         axis = monitor.plot().axes[1]
@@ -315,8 +310,7 @@ def test_errors():
         with pytest.raises(ValueError, match=message):
             fit(model, regression(16), callbacks=[CurvatureMonitor(regression(8))])
     # Keras' own message on inputs that do not fit, as in `fit`.
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(), loss="mse")
+    model = captured(paper_isaac())
     with pytest.raises(ValueError, match="expected axis -1 of input shape to have value 6") as error:
         fit(model, regression(16), callbacks=[CurvatureMonitor(regression(8, features=5))])
     assert "Function" not in str(error.value)

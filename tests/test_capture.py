@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from harness import BACKEND, paper_isaac, to_numpy
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
-from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
+from models import assert_close, assert_differ, captured, fit, mlp, regression, trained, weights
 
 from keras_isaac import capture_inputs, kernel_status, release_inputs
 from keras_isaac.captured_layer import choice_of, is_chosen
@@ -74,8 +74,7 @@ def test_a_released_model_trains_as_before():
 
 
 def test_releasing_holds_from_the_next_step():
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    model = captured(paper_isaac(damping=0.1))
     fit(model, regression())
     release_inputs(model)
     with pytest.raises(ValueError, match=r"Write `model = capture_inputs\(model\)`"):
@@ -97,8 +96,7 @@ def test_releasing_in_a_callback_trains_with_plain_gradients_from_then_on(event)
         model.optimizer.damping = 1e8
 
     def run(change):
-        model = capture_inputs(mlp())
-        model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+        model = captured(paper_isaac(damping=0.1))
         change_once = keras.callbacks.LambdaCallback(**{event: lambda *args, **kwargs: change(model)})
         fit(model, regression(), epochs=3, callbacks=[change_once])
         return model
@@ -308,8 +306,7 @@ class Branches(keras.Model):
 
 
 def test_subclassed_model_with_later_built_layers():
-    model = capture_inputs(Branches())
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    model = captured(paper_isaac(damping=0.1), Branches())
     fit(model, regression())
     assert all(chosen(model, [*model.blocks, model.late, model.heads["main"]]))
 
@@ -484,8 +481,7 @@ def test_copies_are_captured_as_the_model_was(copied, options, wrap):
 
 @pytest.mark.parametrize("copied", COPIES)
 def test_copies_of_a_model_without_isaac_and_of_a_released_one_are_plain(copied):
-    model = capture_inputs(mlp())
-    model.compile(optimizer="sgd", loss="mse")
+    model = captured("sgd")
     assert chosen(COPIES[copied](model)) == [False, False]
     model.compile(optimizer=paper_isaac(), loss="mse")
     assert chosen(COPIES[copied](model)) == [True, True]
@@ -494,8 +490,7 @@ def test_copies_of_a_model_without_isaac_and_of_a_released_one_are_plain(copied)
 
 
 def test_another_choice_for_a_copy():
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    model = captured(paper_isaac(damping=0.1))
     other = capture_inputs(keras.models.clone_model(model), exclude=".*hidden")
     fit(other, regression())
     assert chosen(other) == [False, True]
@@ -514,8 +509,7 @@ def test_error_of_a_model_in_which_nothing_can_be_conditioned_names_the_reasons(
         def call(self, inputs):
             return super().call(inputs)
 
-    model = capture_inputs(keras.Sequential([keras.Input((6,)), Own(4), keras.layers.Dense(3, trainable=False)]))
-    model.compile(optimizer=paper_isaac(), loss="mse")
+    model = captured(paper_isaac(), keras.Sequential([keras.Input((6,)), Own(4), keras.layers.Dense(3, trainable=False)]))
     reasons = r"'.*own/kernel' \(no conditioned form of Own\), '.*/kernel' \(frozen\)"
     message = rf"Include, unfreeze or register .* `ISAAC` can condition nothing in '.*'. Kernels: {reasons}"
     with pytest.raises(ValueError, match=message):
@@ -526,8 +520,7 @@ def test_regularizers_and_constraints_work_as_before():
     kwargs = {"kernel_regularizer": "l2", "activity_regularizer": "l2", "kernel_constraint": "non_neg"}
 
     def run(optimizer):
-        model = capture_inputs(mlp(**kwargs))
-        model.compile(optimizer=optimizer, loss="mse")
+        model = captured(optimizer, mlp(**kwargs))
         fit(model, regression())
         return weights(model)
 
@@ -545,8 +538,7 @@ def test_both_factors_of_lora_train():
 
 
 def test_integer_inputs():
-    model = capture_inputs(keras.Sequential([keras.Input((6,), dtype="int32"), keras.layers.Dense(3)]))
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    model = captured(paper_isaac(damping=0.1), keras.Sequential([keras.Input((6,), dtype="int32"), keras.layers.Dense(3)]))
     inputs, targets = regression()
     fit(model, ((inputs * 3).astype("int32"), targets))
 

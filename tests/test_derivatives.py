@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import OFTEN, PRODUCTS, Case, assert_conditioned, data, each_case
-from harness import BACKEND, paper_isaac, to_numpy
+from harness import BACKEND, eager_gradients, gradients_by, jit, paper_isaac, to_numpy
 from keras import layers, ops
 from oracle import relative_error
 from readings import dense
@@ -22,7 +22,8 @@ if BACKEND == "tensorflow":
 
 def gradients(layer, inputs, loss, optimizer=None):
     """The gradients of `loss(call, inputs)` by the trainable variables, `call` being the layer's."""
-    return [to_numpy(gradient) for gradient in _GRADIENTS[BACKEND](layer, ops.convert_to_tensor(inputs), loss, optimizer)]
+    function = _gradients_jax if BACKEND == "jax" else _gradients_of_tape
+    return [to_numpy(gradient) for gradient in function(layer, ops.convert_to_tensor(inputs), loss, optimizer)]
 
 
 def _gradients_jax(layer, inputs, loss, optimizer):
@@ -43,49 +44,12 @@ def _gradients_jax(layer, inputs, loss, optimizer):
     return jax.jit(jax.grad(total))(trainable, inputs, [v.value for v in optimizer.variables] if optimizer else [])
 
 
-def _gradients_tensorflow(layer, inputs, loss, optimizer):
-    import contextlib
-
-    import tensorflow as tf
-
+def _gradients_of_tape(layer, inputs, loss, optimizer):
     def step(inputs):
-        with tf.GradientTape() as tape, optimizer.conditioning() if optimizer else contextlib.nullcontext():
-            total = loss(layer, inputs)
-        return tape.gradient(total, [variable.value for variable in layer.trainable_variables])
+        scope = optimizer.conditioning() if optimizer else None
+        return eager_gradients(lambda: loss(layer, inputs), layer.trainable_variables, scope)[1]
 
-    return tf.function(step)(inputs)
-
-
-def _gradients_torch(layer, inputs, loss, optimizer):
-    import contextlib
-
-    layer.zero_grad()
-    with optimizer.conditioning() if optimizer else contextlib.nullcontext():
-        total = loss(layer, inputs)
-    total.backward()
-    return [variable.value.grad for variable in layer.trainable_variables]
-
-
-_GRADIENTS = {"jax": _gradients_jax, "tensorflow": _gradients_tensorflow, "torch": _gradients_torch}
-
-
-def by_inputs(function, inputs):
-    """The gradient of a scalar function of the inputs, which can be differentiated again."""
-    if BACKEND == "jax":
-        import jax
-
-        return jax.grad(function)(inputs)
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            value = function(inputs)
-        return tape.gradient(value, inputs)
-    import torch
-
-    inputs = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
-    return torch.autograd.grad(function(inputs), inputs, create_graph=True)[0]
+    return jit(step)(inputs)
 
 
 def forward_jax(function, inputs, direction):
@@ -127,9 +91,9 @@ def reverse_loss(cotangent):
             return ops.sum(cotangent * ops.square(call(x)))
 
         def slope(x):
-            return ops.sum(by_inputs(score, x) * ops.sin(x))
+            return ops.sum(gradients_by(score, x) * ops.sin(x))
 
-        first, second = by_inputs(score, inputs), by_inputs(slope, inputs)
+        first, second = gradients_by(score, inputs), gradients_by(slope, inputs)
         return ops.sum(cotangent * call(inputs)) + ops.sum(ops.square(first)) + ops.sum(ops.square(second))
 
     return loss
@@ -162,7 +126,7 @@ def test_a_norm_is_that_of_the_whole_gradient(num):
 
     def loss(call, x):
         # In one call of the layer, so that all of the gradient passes one gate.
-        return ops.sum(ops.square(by_inputs(lambda x: ops.sum(ops.tanh(call(x))), x) * slope))
+        return ops.sum(ops.square(gradients_by(lambda x: ops.sum(ops.tanh(call(x))), x) * slope))
 
     check(layer, inputs, loss, dense(layer, inputs), preserve_norm=True)
 
@@ -255,7 +219,7 @@ def transforms():
         def of(x):
             with tf.GradientTape() as tape:
                 tape.watch(x)
-                first = by_inputs(f, x)
+                first = gradients_by(f, x)
             return tape.jacobian(first, x)
 
         return of

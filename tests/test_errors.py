@@ -1,24 +1,20 @@
 """The common mistakes of a newcomer: each is an error that first says what to write instead."""
 
 import contextlib
-import os
 import re
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, to_numpy
+from harness import BACKEND, run_python, to_numpy
 from keras import layers
-from models import assert_close, assert_differ, fit, mlp, regression, weights
+from models import assert_close, assert_differ, captured, fit, mlp, regression, weights
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status
 
 
 def train_one(layer, optimizer):
-    model = capture_inputs(keras.Sequential([keras.Input((6,)), layer]))
-    model.compile(optimizer=optimizer, loss="mse")
+    model = captured(optimizer, keras.Sequential([keras.Input((6,)), layer]))
     fit(model, (np.ones((16, 6), "float32"),) * 2)
 
 
@@ -115,8 +111,7 @@ BUILT = {
 
 
 def train_another(optimizer, model):
-    other = capture_inputs(mlp())
-    other.compile(optimizer=optimizer, loss="mse")
+    other = captured(optimizer)
     fit(other, regression(16))
     model.compile(optimizer=optimizer, loss="mse")
 
@@ -149,8 +144,7 @@ def test_a_step_that_cannot_be_conditioned_loses_no_weights():
     optimizer = ISAAC()
     for layer in (layers.Dense(6), layers.Dense(6), layers.LayerNormalization()):
         optimizer = optimizer if isinstance(layer, layers.Dense) else ISAAC()
-        model = capture_inputs(keras.Sequential([keras.Input((6,)), layer]))
-        model.compile(optimizer=optimizer, loss="mse")
+        model = captured(optimizer, keras.Sequential([keras.Input((6,)), layer]))
         before = weights(model)
         try:
             fit(model, (np.ones((16, 6), "float32"),) * 2)
@@ -186,6 +180,5 @@ def test_what_is_new_since_the_optimizer_was_built_is_named(change):
 
 def test_a_missing_backend_says_what_to_set():
     code = f"import sys; sys.modules['{BACKEND}'] = None; import keras_isaac"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
-    assert result.returncode == 1
-    assert f"Keras is to run on {BACKEND}, which is not installed. Install it, or set the environment variable" in result.stderr
+    message = f"Keras is to run on {BACKEND}, which is not installed. Install it, or set the environment variable"
+    assert message in run_python("-c", code, returncode=1)

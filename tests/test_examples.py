@@ -1,21 +1,15 @@
 """The examples run as a newcomer runs them, on small settings."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-from harness import slow_but_on_torch
+from harness import run_python, slow_but_on_torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(script, *arguments, cwd):
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "COLUMNS": "120"}, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return run_python(EXAMPLES / script, *arguments, cwd=cwd, COLUMNS="120")
 
 
 def test_digits_prints_a_table_and_saves_a_picture(tmp_path):

@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 from harness import BACKEND, jit, paper_isaac, to_numpy
 from keras import ops
+from models import captured
 from oracle import relative_error
 
-from keras_isaac import ISAAC, backend, capture_inputs
+from keras_isaac import ISAAC, backend
 from keras_isaac.backend.elimination import gauss_jordan
 
 # Keras 3.9's `slice` on PyTorch.
@@ -162,8 +163,7 @@ def test_what_was_inverted_last_is_not_inverted_again(monkeypatch):
         assert len(factored) == num_factored
     factored.clear()
     inputs = keras.Input((40, 128))
-    model = capture_inputs(keras.Model(inputs, keras.layers.MultiHeadAttention(2, 64)(inputs, inputs)))
-    model.compile(optimizer=paper_isaac(max_rows=1024), loss="mse")
+    model = captured(paper_isaac(max_rows=1024), keras.Model(inputs, keras.layers.MultiHeadAttention(2, 64)(inputs, inputs)))
     model.train_on_batch(*np.random.default_rng(0).normal(size=(2, 4, 40, 128)).astype("float32"))
     # One for query, key and value, and one for the output.
     assert len(factored) == 2
@@ -175,8 +175,7 @@ def test_layers_that_share_their_input_share_its_inverse_in_a_graph():
     from tensorflow.python.eager import context
 
     inputs = keras.Input((5, 8))
-    model = capture_inputs(keras.Model(inputs, keras.layers.MultiHeadAttention(2, 4)(inputs, inputs)))
-    model.compile(optimizer=ISAAC(), loss="mse")
+    model = captured(ISAAC(), keras.Model(inputs, keras.layers.MultiHeadAttention(2, 4)(inputs, inputs)))
     context.enable_graph_collection()
     model.train_on_batch(*np.random.default_rng(0).normal(size=(2, 4, 5, 8)).astype("float32"))
     metadata = context.export_run_metadata()

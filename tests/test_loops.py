@@ -8,9 +8,9 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, paper_isaac
+from harness import BACKEND, eager_gradients, jit, paper_isaac
 from keras.optimizers.schedules import PiecewiseConstantDecay
-from models import assert_close, assert_differ, fit, mlp, regression, weights
+from models import assert_close, assert_differ, captured, fit, mlp, regression, weights
 
 from keras_isaac import capture_inputs, release_inputs, scope
 
@@ -27,8 +27,7 @@ def loop(optimizer, num_steps=5):
 
 
 def fitted(optimizer, num_steps=5):
-    model = capture_inputs(mlp())
-    model.compile(optimizer=optimizer, loss="mse")
+    model = captured(optimizer)
     fit(model, regression(16), epochs=num_steps)
     return weights(model)
 
@@ -142,7 +141,7 @@ class Loop:
 
     def step(self, scope):
         """One step, in the scope that `scope` returns when it is given the optimizer's variables."""
-        getattr(self, f"step_{BACKEND}")(scope)
+        (self.step_jax if BACKEND == "jax" else self.step_of_tape)(scope)
 
     def body(self, scope):
         """A step on JAX, of its state."""
@@ -168,24 +167,14 @@ class Loop:
 
         jax.jit(self.body(scope))(self.state, None)
 
-    def step_tensorflow(self, scope):
-        import tensorflow as tf
+    def step_of_tape(self, scope):
+        variables = self.model.trainable_variables
 
-        @tf.function
         def step():
-            with tf.GradientTape() as tape, scope(None):
-                loss = self.loss(self.model(self.inputs))
-            variables = self.model.trainable_variables
-            self.optimizer.apply(tape.gradient(loss, variables), variables)
+            _, gradients = eager_gradients(lambda: self.loss(self.model(self.inputs)), variables, scope(None))
+            self.optimizer.apply(gradients, variables)
 
-        step()
-
-    def step_torch(self, scope):
-        self.model.zero_grad()
-        with scope(None):
-            loss = self.loss(self.model(self.inputs))
-        loss.backward()
-        self.optimizer.apply([v.value.grad for v in self.model.trainable_variables], self.model.trainable_variables)
+        jit(step)()
 
 
 def forgotten(optimizer_variables):
@@ -240,13 +229,10 @@ def test_gradients_that_were_compiled_apart_are_applied_again_and_again():
 
         gradients = jax.jit(jax.grad(loss))
     else:
-        import tensorflow as tf
 
-        @tf.function
+        @jit
         def gradients(_, __):
-            with tf.GradientTape() as tape, optimizer.conditioning():
-                loss = loop.loss(loop.model(loop.inputs))
-            return tape.gradient(loss, variables)
+            return eager_gradients(lambda: loop.loss(loop.model(loop.inputs)), variables, optimizer.conditioning())[1]
 
     losses = []
     for _ in range(4):

@@ -8,7 +8,7 @@ import oracle
 import pytest
 from harness import IS_COMPILED, each_mode, paper_isaac, run, to_numpy
 from keras import layers, ops
-from models import fit, keras_hub
+from models import captured, fit, keras_hub
 from oracle import relative_error
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status
@@ -145,8 +145,7 @@ def test_float8_trains_its_kernel():
         for each, optimizer in ((layer, None), (capture_inputs(layer), paper_isaac(damping=0.3)))
     )
     assert relative_error(conditioned, oracle.condition(inputs, plain, 0.3)) < 2e-5
-    model = capture_inputs(keras.Sequential([keras.Input((8,)), layer]))
-    model.compile(optimizer=paper_isaac(0.1, damping=0.3), loss="mse")
+    model = captured(paper_isaac(0.1, damping=0.3), keras.Sequential([keras.Input((8,)), layer]))
     losses = fit(model, (inputs, cotangent), epochs=5).history["loss"]
     assert losses[-1] < losses[0]
 

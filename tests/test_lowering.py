@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from harness import BACKEND, paper_isaac, to_numpy
-from models import assert_close, assert_differ, mlp, regression, sequence_network, sequences, weights
+from models import assert_close, assert_differ, captured, mlp, regression, sequence_network, sequences, weights
 
 from keras_isaac import ISAAC, capture_inputs
 
@@ -121,8 +121,7 @@ def test_layers_that_share_their_input_share_its_inverse():
     import jax
 
     inputs = keras.Input((5, 8))
-    model = capture_inputs(keras.Model(inputs, keras.layers.MultiHeadAttention(2, 4)(inputs, inputs)))
-    model.compile(optimizer=paper_isaac(), loss="mse")
+    model = captured(paper_isaac(), keras.Model(inputs, keras.layers.MultiHeadAttention(2, 4)(inputs, inputs)))
     x, y = np.random.default_rng(0).normal(size=(2, 4, 5, 8)).astype("float32")
     model.train_on_batch(x, y)
     step, state = fits_step(model)

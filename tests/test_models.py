@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from harness import BACKEND, paper_isaac
 from keras import layers
-from models import assert_differ, keras_hub, weights
+from models import assert_differ, captured, keras_hub, weights
 
 from keras_isaac import capture_inputs, kernel_status
 
@@ -145,8 +145,7 @@ def test_images_of_unknown_size_train():
 
     inputs = keras.Input((None, None, 3))
     hidden = layers.GlobalAveragePooling2D()(layers.SeparableConv2D(4, 3)(layers.Conv2D(4, 3, activation="relu")(inputs)))
-    model = capture_inputs(keras.Model(inputs, layers.Dense(2)(hidden)))
-    model.compile(optimizer=paper_isaac(damping=0.3), loss="mse")
+    model = captured(paper_isaac(damping=0.3), keras.Model(inputs, layers.Dense(2)(hidden)))
     sizes = [(8, 9), (10, 7)]
     spec = (tf.TensorSpec((None, None, None, 3)), tf.TensorSpec((None, 2)))
     dataset = tf.data.Dataset.from_generator(

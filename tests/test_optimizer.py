@@ -4,7 +4,7 @@ import pytest
 from harness import BACKEND, each_mode, paper_isaac, run, to_numpy
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
 from keras.optimizers.schedules import ExponentialDecay, PiecewiseConstantDecay
-from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
+from models import assert_close, assert_differ, captured, fit, mlp, regression, trained, weights
 
 from keras_isaac import ISAAC, capture_inputs
 from keras_isaac.optimizer_wrapper import has_several, isaacs_in
@@ -120,8 +120,7 @@ def test_error_a_schedule_is_not_settable():
 
 def test_damping_set_between_fits_reaches_the_compiled_step():
     def weights_after(second_damping):
-        model = capture_inputs(mlp())
-        model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+        model = captured(paper_isaac(damping=0.1))
         fit(model, regression())
         model.optimizer.damping = second_damping
         fit(model, regression())
@@ -134,8 +133,7 @@ def test_damping_schedule_moves_inside_a_compiled_fit():
     data = regression()
     schedule = PiecewiseConstantDecay([2], [0.05, 1e8])
     scheduled = trained(paper_isaac(damping=schedule), capture_inputs, data, epochs=3)
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(damping=0.05), loss="mse")
+    model = captured(paper_isaac(damping=0.05))
     for step in range(9):
         batch = slice(step % 3 * 16, step % 3 * 16 + 16)
         # Keras' piecewise schedule changes after its boundary: steps 0, 1 and 2 have the first value.
@@ -175,8 +173,7 @@ def test_huge_damping_is_the_inner_optimizer(inner):
 def test_gradient_accumulation_averages_conditioned_gradients():
     data = regression()
     accumulated = trained(paper_isaac(damping=0.1, gradient_accumulation_steps=3), capture_inputs, data)
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(learning_rate=1.0, damping=0.1), loss="mse")
+    model = captured(paper_isaac(learning_rate=1.0, damping=0.1))
     start, mean_step = weights(model), 0.0
     for batch in range(3):
         for weight, value in zip(model.trainable_variables, start, strict=True):
@@ -188,16 +185,14 @@ def test_gradient_accumulation_averages_conditioned_gradients():
 
 
 def test_iterations_are_the_inner_optimizers():
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(), loss="mse")
+    model = captured(paper_isaac())
     fit(model, regression(), epochs=2)
     assert int(to_numpy(model.optimizer.iterations)) == int(to_numpy(model.optimizer.inner_optimizer.iterations)) == 6
 
 
 def test_learning_rate_callbacks():
     seen = []
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(learning_rate=0.5), loss="mse")
+    model = captured(paper_isaac(learning_rate=0.5))
     callbacks = [
         keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5),
         keras.callbacks.LambdaCallback(
@@ -255,8 +250,7 @@ def test_error_only_frozen_layers_captured():
     reason="since Keras 3.16 a name is one of Keras' own optimizers",
 )
 def test_compile_by_name():
-    model = capture_inputs(mlp())
-    model.compile(optimizer="isaac", loss="mse")
+    model = captured("isaac")
     assert type(model.optimizer) is ISAAC
     fit(model, regression())
 
@@ -285,8 +279,7 @@ def test_callbacks_see_the_moving_average_inside_other_optimizers(wrapper, swap_
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_callbacks_say_that_there_is_no_moving_average(wrapper):
-    model = capture_inputs(mlp())
-    model.compile(optimizer=WRAPPERS[wrapper](paper_isaac()), loss="mse")
+    model = captured(WRAPPERS[wrapper](paper_isaac()))
     with pytest.raises(ValueError, match=r"SwapEMAWeights must be used when .*use_ema=True"):
         fit(model, regression(), validation_data=regression(16), callbacks=[keras.callbacks.SwapEMAWeights()])
 
@@ -401,8 +394,7 @@ def test_inside_a_loss_scale_optimizer():
 
 def test_non_finite_gradients_are_skipped_under_loss_scaling():
     inputs, targets = regression(16)
-    model = capture_inputs(mlp())
-    model.compile(optimizer=LossScaleOptimizer(paper_isaac(damping=0.1), initial_scale=16.0), loss="mse")
+    model = captured(LossScaleOptimizer(paper_isaac(damping=0.1), initial_scale=16.0))
     model.train_on_batch(inputs, targets)
     before = weights(model)
     inputs[3, 1] = np.inf

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 from harness import BACKEND, paper_isaac
-from models import assert_close, assert_differ, fit, mlp, regression, weights
+from models import assert_close, assert_differ, captured, fit, mlp, regression, weights
 from replicas import (
     BATCH_SIZE,
     NUM_STEPS,
@@ -50,8 +50,7 @@ def jax_distributed(width, rank, port):
     keras.distribution.initialize(f"127.0.0.1:{port},127.0.0.1", 2, int(rank))
     assert len(keras.distribution.list_devices()) == 2
     keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
-    model = capture_inputs(mlp(width=int(width)))
-    model.compile(optimizer=paper_isaac(**OPTIONS), loss="mse")
+    model = captured(paper_isaac(**OPTIONS), mlp(width=int(width)))
     return fit_half(model, regression(NUM_STEPS * BATCH_SIZE), int(rank))
 
 

@@ -4,12 +4,12 @@ import keras
 import numpy as np
 import pytest
 from cases import FEATURES, MASK, SAMPLES, SEQUENCES, STEPS, UNITS, Case, assert_conditioned, data, stacked
-from harness import BACKEND, normal, paper_isaac, run, slow_but_on_torch, to_numpy
+from harness import BACKEND, gradients_by, normal, paper_isaac, run, slow_but_on_torch, to_numpy
 from keras import layers
 from models import fit, weights, with_random_weights
 from oracle import relative_error
 from readings import Calling, dense, loop, lora, one_group, recurrent
-from test_derivatives import by_inputs, gradients
+from test_derivatives import gradients
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status, summary
 from keras_isaac.callbacks import CurvatureMonitor
@@ -96,7 +96,7 @@ def test_every_part_of_a_gradient_is_conditioned_once_where_the_loss_holds_deriv
     def loss(call, x):
         # The first derivative of a linear function does not need the value of the outputs.
         function = keras.ops.square if holds_outputs else lambda outputs: outputs
-        return keras.ops.sum(keras.ops.square(by_inputs(lambda x: keras.ops.sum(cotangent * function(call(x))), x)))
+        return keras.ops.sum(keras.ops.square(gradients_by(lambda x: keras.ops.sum(cotangent * function(call(x))), x)))
 
     plain, reading = gradients(layer, inputs, loss), recurrent(layer, inputs)
     optimizer = paper_isaac(damping=0.3)

@@ -2,18 +2,14 @@
 
 import copy
 import importlib.util
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, paper_isaac, to_numpy
+from harness import BACKEND, paper_isaac, run_python, to_numpy
 from keras import layers
-from models import assert_close, assert_differ, fit, mlp, regression, weights, with_random_weights
+from models import assert_close, assert_differ, captured, fit, mlp, regression, weights, with_random_weights
 from test_training import OPTIMIZERS
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status
@@ -21,8 +17,7 @@ from keras_isaac import ISAAC, capture_inputs, kernel_status
 
 def compiled(optimizer):
     """The captured network under an optimizer of `OPTIMIZERS`."""
-    model = capture_inputs(mlp())
-    model.compile(optimizer=eval(OPTIMIZERS[optimizer]), loss="mse")
+    model = captured(eval(OPTIMIZERS[optimizer]))
     return model
 
 
@@ -83,9 +78,7 @@ def test_backup_and_restore_goes_on_bit_for_bit_after_the_process_was_killed(tmp
         "callbacks = [keras.callbacks.BackupAndRestore(sys.argv[1]), Kill()]\n"
         "fit(compiled('adam'), regression(), epochs=4, callbacks=callbacks)"
     )
-    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "backup")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    assert result.returncode == -9, result.stderr
+    run_python("-c", script, tmp_path / "backup", returncode=-9)
     resumed, uninterrupted = compiled("adam"), compiled("adam")
     fit(resumed, regression(), epochs=4, callbacks=[keras.callbacks.BackupAndRestore(tmp_path / "backup")])
     fit(uninterrupted, regression(), epochs=4)
@@ -127,8 +120,7 @@ def test_orbax_checkpoint_goes_on_bit_for_bit(optimizer, tmp_path):
         # Keras 3.15 does not find the weights of a `Sequential` in such a checkpoint.
         inputs = keras.Input((6,))
         outputs = layers.Dense(3, name="head")(layers.Dense(8, activation="tanh", name="hidden")(inputs))
-        model = capture_inputs(with_random_weights(keras.Model(inputs, outputs)))
-        model.compile(optimizer=eval(OPTIMIZERS[optimizer]), loss="mse")
+        model = captured(eval(OPTIMIZERS[optimizer]), with_random_weights(keras.Model(inputs, outputs)))
         return model
 
     checkpoint = keras.callbacks.OrbaxCheckpoint(str(tmp_path / "orbax"), save_on_background=False)
@@ -145,8 +137,9 @@ def several_kinds():
     hidden = layers.Conv1D(6, 3, activation="tanh")(layers.Embedding(20, 8)(tokens))
     hidden = layers.EinsumDense("abc,cde->abde", (None, 2, 4), activation="tanh")(hidden)
     hidden = layers.GlobalAveragePooling1D()(layers.Reshape((10, 8))(hidden))
-    model = capture_inputs(with_random_weights(keras.Model(tokens, layers.Dense(3)(hidden))))
-    model.compile(optimizer=paper_isaac(damping=0.1, inner_optimizer="adam"), loss="mse")
+    model = captured(
+        paper_isaac(damping=0.1, inner_optimizer="adam"), with_random_weights(keras.Model(tokens, layers.Dense(3)(hidden)))
+    )
     inputs = np.random.default_rng(0).integers(0, 20, size=(48, 12)).astype("int32")
     fit(model, (inputs, regression(48)[1]))
     return model, inputs[:8]
@@ -281,11 +274,8 @@ def test_a_saved_model_resumes_on_another_backend(backend, tmp_path):
         "import sys, keras; from models import fit, regression\n"
         "model = keras.models.load_model(sys.argv[1]); fit(model, regression()); model.save_weights(sys.argv[2])"
     )
-    files = [str(tmp_path / "model.keras"), str(tmp_path / "other.weights.h5")]
-    command = [sys.executable, "-W", "ignore", "-c", "import keras_isaac; " + script, *files]
-    environment = {**os.environ, "KERAS_BACKEND": backend}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
+    files = tmp_path / "model.keras", tmp_path / "other.weights.h5"
+    run_python("-c", "import keras_isaac; " + script, *files, KERAS_BACKEND=backend)
     fit(model, regression())
     other = mlp()
     other.load_weights(tmp_path / "other.weights.h5")

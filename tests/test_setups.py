@@ -8,8 +8,6 @@ import functools
 import importlib.util
 import inspect
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,10 +16,21 @@ import numpy as np
 import oracle
 import pytest
 from cases import CASES, data, each_case, expected_gradient
-from harness import BACKEND, jit, paper_isaac, run, to_numpy
+from harness import BACKEND, eager_gradients, gradients_by, jit, paper_isaac, run, run_python, to_numpy
 from keras import layers, ops
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
-from models import assert_close, assert_differ, fit, mlp, oracle_fit, regression, trained, weights, with_random_weights
+from models import (
+    assert_close,
+    assert_differ,
+    captured,
+    fit,
+    mlp,
+    oracle_fit,
+    regression,
+    trained,
+    weights,
+    with_random_weights,
+)
 from oracle import relative_error
 from test_loops import custom_loop
 from test_training import numpy_training
@@ -67,8 +76,7 @@ def _float64():
 @pytest.mark.parametrize("wrapped", ["by hand", "by compile"])
 def test_mixed_float16_skips_steps_that_overflow_halves_the_scale_and_goes_on(wrapped):
     inputs, targets = regression(16)
-    float32 = capture_inputs(mlp())
-    float32.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    float32 = captured(paper_isaac(damping=0.1))
     keras.config.set_dtype_policy("mixed_float16")
     model, isaac = capture_inputs(mlp()), paper_isaac(damping=0.1)
     model.compile(optimizer=LossScaleOptimizer(isaac) if wrapped == "by hand" else isaac, loss="mse")
@@ -234,8 +242,7 @@ def test_recomputed_layers_see_the_masks(mode):
             hidden = layers.Dense(6, activation="tanh", name="projection")(hidden)
             hidden = layers.MultiHeadAttention(2, 3, name="attention")(hidden, hidden)
             model = keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(hidden)))
-            model = capture_inputs(with_random_weights(model))
-            model.compile(optimizer=paper_isaac(0.1, damping=0.1), loss="mse", run_eagerly=BACKEND == "tensorflow")
+            model = captured(paper_isaac(0.1, damping=0.1), with_random_weights(model), run_eagerly=BACKEND == "tensorflow")
             fit(model, (tokens, regression(16)[1]), epochs=3)
         return weights(model)
 
@@ -275,11 +282,8 @@ def test_nnx_mode(options):
         "result = trained(paper_isaac(damping=0.1, momentum=0.9), capture_inputs, None, options)\n"
         "print(json.dumps([w.tolist() for w in result]))"
     )
-    command = [sys.executable, "-W", "ignore", "-c", script, json.dumps(options)]
-    environment = {**os.environ, "KERAS_NNX_ENABLED": "true"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
-    actual = [np.asarray(weight) for weight in json.loads(result.stdout.splitlines()[-1])]
+    output = run_python("-c", script, json.dumps(options), KERAS_NNX_ENABLED="true")
+    actual = [np.asarray(weight) for weight in json.loads(output.splitlines()[-1])]
     assert_close(actual, trained(paper_isaac(damping=0.1, momentum=0.9), capture_inputs, None, options))
 
 
@@ -292,8 +296,7 @@ def test_torch_compile_conditions_every_kind_of_product_as_eager_does():
         hidden = layers.Conv1D(6, 3, activation="tanh")(layers.Embedding(20, 8)(tokens))
         hidden = layers.EinsumDense("abc,cde->abde", (None, 2, 4), activation="tanh")(hidden)
         hidden = layers.GlobalAveragePooling1D()(layers.Reshape((10, 8))(hidden))
-        model = capture_inputs(with_random_weights(keras.Model(tokens, layers.Dense(3)(hidden))))
-        model.compile(optimizer=optimizer, loss="mse", jit_compile=jit_compile)
+        model = captured(optimizer, with_random_weights(keras.Model(tokens, layers.Dense(3)(hidden))), jit_compile=jit_compile)
         inputs = np.random.default_rng(0).integers(0, 20, size=(8, 12)).astype("int32")
         for _ in range(3):
             model.train_on_batch(inputs, regression(8)[1])
@@ -417,35 +420,20 @@ def mean_squared_error(targets, outputs):
 
 
 class OwnStep:
-    """The `train_step` that Keras' guides have one write, for each backend."""
+    """The `train_step` that users write after Keras' guides."""
 
     @property
     def network(self):
         return self
 
     def train_step(self, *args):
-        return getattr(self, f"step_{BACKEND}")(*args)
+        return (self.step_jax if BACKEND == "jax" else self.step)(*args)
 
-    def step_tensorflow(self, data):
-        import tensorflow as tf
-
+    def step(self, data):
         x, y = data
-        with tf.GradientTape() as tape:
-            loss = mean_squared_error(y, self.network(x, training=True))
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply(gradients, self.trainable_variables)
-        return {"loss": loss}
-
-    def step_torch(self, data):
-        import torch
-
-        x, y = data
-        self.zero_grad()
-        loss = mean_squared_error(y, self.network(x, training=True))
-        loss.backward()
-        gradients = [variable.value.grad for variable in self.trainable_weights]
-        with torch.no_grad():
-            self.optimizer.apply(gradients, self.trainable_weights)
+        variables = self.trainable_variables
+        loss, gradients = eager_gradients(lambda: mean_squared_error(y, self.network(x, training=True)), variables)
+        self.optimizer.apply(gradients, variables)
         return {"loss": loss}
 
     def step_jax(self, state, data):
@@ -556,25 +544,6 @@ def test_a_subclass_without_call():
     assert_close(weights(model), trained(paper_isaac(damping=0.1), capture_inputs, regression(32), epochs=2), 1e-5)
 
 
-def gradients_of(function, values):
-    """Gradients of a scalar function of a list of tensors, which can be differentiated again."""
-    if BACKEND == "jax":
-        import jax
-
-        return jax.grad(function)(values)
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            tape.watch(values)
-            result = function(values)
-        return tape.gradient(result, values)
-    import torch
-
-    values = [value if value.requires_grad else value.detach().requires_grad_() for value in values]
-    return torch.autograd.grad(function(values), values, create_graph=True)
-
-
 def penalized(of, optimizer, penalty=0.1):
     """Weights after steps of SGD on a loss with a penalty on its gradient with respect to the inputs or the weights."""
     inputs, targets = keras.Input((4, 4, 2)), ops.convert_to_tensor(regression(8)[1])
@@ -595,15 +564,15 @@ def penalized(of, optimizer, penalty=0.1):
 
     def penalized_loss(values):
         if of == "inputs":
-            inner = gradients_of(lambda images: ops.sum(outputs(values, *images)), [images])
+            inner = [gradients_by(lambda images: ops.sum(outputs(values, images)), images)]
         else:
-            inner = gradients_of(loss, values)
+            inner = gradients_by(loss, values)
         return loss(values) + penalty * sum(ops.sum(ops.square(gradient)) for gradient in inner)
 
     @jit
     def step(values, optimizer_variables):
         with contextlib.nullcontext() if optimizer is None else optimizer.conditioning(optimizer_variables):
-            gradients = gradients_of(penalized_loss, values)
+            gradients = gradients_by(penalized_loss, values)
         return [value - 0.1 * gradient for value, gradient in zip(values, gradients, strict=True)]
 
     for _ in range(3):
@@ -654,7 +623,7 @@ def play(optimizer, num_rounds=2):
                     return adversarial_losses(*models, noise, real)[1 - place]
 
             with each.conditioning(optimizer_variables) if isinstance(each, ISAAC) else contextlib.nullcontext():
-                return gradients_of(loss, values[place])
+                return gradients_by(loss, values[place])
 
         steps.append(step)
     after = []
@@ -692,23 +661,13 @@ class Gan(keras.Model):
         losses = {}
         for place, model in enumerate((self.generator, self.discriminator)):
             optimizer, variables = self.optimizers[place], model.trainable_variables
-            conditioning = optimizer.conditioning() if isinstance(optimizer, ISAAC) else contextlib.nullcontext()
-            if BACKEND == "tensorflow":
-                import tensorflow as tf
+            scope = optimizer.conditioning() if isinstance(optimizer, ISAAC) else None
 
-                with tf.GradientTape() as tape, conditioning:
-                    loss = adversarial_losses(self.generator, self.discriminator, noise, real)[1 - place]
-                gradients = tape.gradient(loss, variables)
-                optimizer.apply(gradients, variables)
-            else:
-                import torch
+            def compute_loss(place=place):
+                return adversarial_losses(self.generator, self.discriminator, noise, real)[1 - place]
 
-                self.zero_grad()
-                with conditioning:
-                    loss = adversarial_losses(self.generator, self.discriminator, noise, real)[1 - place]
-                loss.backward()
-                with torch.no_grad():
-                    optimizer.apply([variable.value.grad for variable in variables], variables)
+            loss, gradients = eager_gradients(compute_loss, variables, scope)
+            optimizer.apply(gradients, variables)
             losses[model.name] = loss
         return losses
 
@@ -839,8 +798,7 @@ def test_variables_that_come_into_being_after_the_call(built, several, run_eager
 def test_a_dense_layer_takes_few_calls_of_the_package_in_a_step():
     """Eager PyTorch pays for each of them in every step."""
     root, calls = str(Path(inspect.getfile(ISAAC)).parent), []
-    model = capture_inputs(keras.Sequential([keras.Input((40,)), layers.Dense(40)]))
-    model.compile(optimizer=ISAAC(inner_optimizer="sgd"), loss="mse")
+    model = captured(ISAAC(inner_optimizer="sgd"), keras.Sequential([keras.Input((40,)), layers.Dense(40)]))
     x = np.random.default_rng(0).normal(size=(6, 40)).astype("float32")
     model.train_on_batch(x, x)
     data = (keras.ops.convert_to_tensor(x),) * 2

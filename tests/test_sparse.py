@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from harness import BACKEND, paper_isaac, to_numpy
 from keras import layers
+from models import captured
 
 import keras_isaac
 from keras_isaac import capture_inputs, kernel_status
@@ -108,8 +109,7 @@ def test_what_only_a_call_shows_is_in_the_summary():
 def test_a_model_of_sparse_inputs_alone_trains_and_warns():
     sparse = one_hot()
     inputs = keras.Input((6,), sparse=True)
-    model = capture_inputs(keras.Model(inputs, layers.Dense(3, name="wide")(inputs)))
-    model.compile(keras_isaac.ISAAC(), "mse")
+    model = captured(keras_isaac.ISAAC(), keras.Model(inputs, layers.Dense(3, name="wide")(inputs)))
     before = to_numpy(model.trainable_variables[0])
     with pytest.warns(UserWarning, match=PLAIN):
         model.train_on_batch(sparse, targets())
@@ -129,8 +129,7 @@ def test_a_registered_layer_on_sparse_inputs_is_plain_unless_its_rows_are_dense(
     for rows, reason in ((lambda layer, inputs: inputs, "sparse inputs"), (lambda layer, inputs: keras.ops.ones((8, 6)), None)):
         keras_isaac.register_layer(Scores, kernel="weight", rows=rows)
         inputs = keras.Input((6,), sparse=True)
-        model = capture_inputs(keras.Model(inputs, Scores()(inputs)))
-        model.compile(paper_isaac(), "mse")
+        model = captured(paper_isaac(), keras.Model(inputs, Scores()(inputs)))
         is_plain = pytest.warns(UserWarning, match="Scores layer '.*' trains with its plain gradient")
         with contextlib.nullcontext() if reason is None else is_plain:
             assert np.isfinite(model.train_on_batch(sparse, targets()))

@@ -7,7 +7,7 @@ import pytest
 from cases import OFTEN, data, each_case
 from harness import paper_isaac
 from keras import layers
-from models import mlp, sequence_network, sequences
+from models import captured, mlp, sequence_network, sequences
 
 import keras_isaac
 from keras_isaac import capture_inputs, kernel_status
@@ -62,8 +62,7 @@ def test_a_step_computes_the_inverses_of_the_table(options, forms, monkeypatch):
     for name in ("damped_inverse_root", "damped_projection"):
         monkeypatch.setattr(conditioner, name, recording(getattr(conditioner, name)))
     x, y = sequences(num=4)
-    model = capture_inputs(sequence_network())
-    model.compile(optimizer=paper_isaac(**options), loss="mse")
+    model = captured(paper_isaac(**options), sequence_network())
     found = keras_isaac.summary(model, batch_size=4)
     assert sizes == []
     model.train_on_batch(x, y)

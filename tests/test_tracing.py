@@ -1,9 +1,11 @@
 """Captured layers in control flow, in functions that the user traces, and in recomputation."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, paper_isaac, to_numpy
+from harness import BACKEND, eager_gradients, paper_isaac, to_numpy
 from keras import ops
 from oracle import relative_error
 
@@ -86,21 +88,9 @@ def gradients_of_a_loop(run_block, is_inside):
     def loss(inputs):
         return ops.mean(layers[2](run_block(lambda x: layers[1](layers[0](x)), inputs)) ** 2)
 
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape, optimizer.conditioning():
-            value = loss(inputs)
-            if is_inside:
-                return list(map(to_numpy, tape.gradient(value, [variable.value for variable in variables])))
-        return list(map(to_numpy, tape.gradient(value, [variable.value for variable in variables])))
-    with optimizer.conditioning():
-        value = loss(inputs)
-        if is_inside:
-            value.backward()
-    if not is_inside:
-        value.backward()
-    return [to_numpy(variable.value.grad) for variable in variables]
+    with optimizer.conditioning() if is_inside else contextlib.nullcontext():
+        scope = None if is_inside else optimizer.conditioning()
+        return [to_numpy(gradient) for gradient in eager_gradients(lambda: loss(inputs), variables, scope)[1]]
 
 
 def plainly(block, inputs):

@@ -1,16 +1,13 @@
 """Whole training runs: against NumPy float64 (and so the backends against each other), compiled and eager, resumed."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import keras
 import numpy as np
 import oracle
 import pytest
-from harness import BACKEND, paper_isaac
-from models import assert_close, assert_differ, fit, mlp, regression, trained, weights
+from harness import BACKEND, paper_isaac, run_python
+from models import assert_close, assert_differ, captured, fit, mlp, regression, trained, weights
 
 from keras_isaac import capture_inputs
 
@@ -65,8 +62,7 @@ def test_ten_steps_with_fewer_rows_than_features_and_a_smaller_last_batch():
 
     # 5, 5 and 2 rows: NumPy's slices wrap in the same way.
     batches = [slice(step * 5 % 12, step * 5 % 12 + 5) for step in range(9)]
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(**options), loss="mse")
+    model = captured(paper_isaac(**options))
     for batch in batches:
         model.train_on_batch(inputs[batch], targets[batch])
     assert_close(weights(model), numpy, 1e-4)
@@ -75,8 +71,7 @@ def test_ten_steps_with_fewer_rows_than_features_and_a_smaller_last_batch():
 
 def test_fit_with_a_smaller_last_batch():
     inputs, targets = regression(40)
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    model = captured(paper_isaac(damping=0.1))
     for _ in range(2):
         for start in (0, 16, 32):
             model.train_on_batch(inputs[start : start + 16], targets[start : start + 16])
@@ -90,8 +85,7 @@ def test_tensorflow_datasets_with_and_without_a_static_batch_size(drop_remainder
 
     data = regression(48)
     dataset = tf.data.Dataset.from_tensor_slices(data).batch(16, drop_remainder=drop_remainder)
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    model = captured(paper_isaac(damping=0.1))
     model.fit(dataset, verbose=0, shuffle=False)
     assert_close(weights(model), trained(paper_isaac(damping=0.1), capture_inputs, data), 1e-5)
 
@@ -117,8 +111,7 @@ def test_it_learns_faster_than_its_inner_optimizer_at_the_same_rate():
     data = regression(256, seed=1)
 
     def loss(optimizer):
-        model = capture_inputs(mlp(width=32))
-        model.compile(optimizer=optimizer, loss="mse")
+        model = captured(optimizer, mlp(width=32))
         return fit(model, data, epochs=10).history["loss"][-1]
 
     assert loss(paper_isaac(inner_optimizer="adam", learning_rate=0.01, damping=0.1)) < loss(keras.optimizers.Adam(0.01))
@@ -138,8 +131,7 @@ OPTIMIZERS = {
 @pytest.mark.often("adam", "loss scale")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_saved_mid_training_and_resumed_in_a_fresh_process_continues_bit_for_bit(optimizer, tmp_path):
-    model = capture_inputs(mlp())
-    model.compile(optimizer=eval(OPTIMIZERS[optimizer]), loss="mse")
+    model = captured(eval(OPTIMIZERS[optimizer]))
     for _ in range(5):
         model.train_on_batch(*regression(16))
     if optimizer != "schedules":
@@ -154,16 +146,13 @@ def test_saved_mid_training_and_resumed_in_a_fresh_process_continues_bit_for_bit
         "for _ in range(5): model.train_on_batch(*regression(16))\n"
         "print(json.dumps([w.tolist() for w in weights(model)]))"
     )
-    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "model.keras")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    assert result.returncode == 0, result.stderr
-    resumed = [np.asarray(w) for w in json.loads(result.stdout.splitlines()[-1])]
+    output = run_python("-c", script, tmp_path / "model.keras")
+    resumed = [np.asarray(w) for w in json.loads(output.splitlines()[-1])]
     assert_close(resumed, weights(model), 0)
 
 
 def test_a_saved_model_loads_where_the_package_is_not_installed(tmp_path):
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(), loss="mse")
+    model = captured(paper_isaac())
     model.train_on_batch(*regression(16))
     model.save(tmp_path / "model.keras")
     script = (
@@ -171,10 +160,8 @@ def test_a_saved_model_loads_where_the_package_is_not_installed(tmp_path):
         "import keras; model = keras.models.load_model(sys.argv[1], compile=False)\n"
         "print(float(keras.ops.sum(model.get_layer('hidden').kernel)))"
     )
-    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "model.keras")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout.splitlines()[-1]) == pytest.approx(weights(model)[0].sum(), abs=1e-5)
+    output = run_python("-c", script, tmp_path / "model.keras", cwd=tmp_path)
+    assert float(output.splitlines()[-1]) == pytest.approx(weights(model)[0].sum(), abs=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The `native_serialization` parameter:DeprecationWarning")
@@ -182,8 +169,7 @@ def test_export_equals_predict(tmp_path):
     if BACKEND == "torch":
         pytest.importorskip("torch_xla", reason="Keras exports SavedModel from PyTorch through torch_xla")
     tf = pytest.importorskip("tensorflow", reason="Keras exports SavedModel through TensorFlow")
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(), loss="mse")
+    model = captured(paper_isaac())
     inputs, targets = regression(16)
     model.train_on_batch(inputs, targets)
     model.export(tmp_path / "exported", verbose=False)
@@ -194,8 +180,7 @@ def test_export_equals_predict(tmp_path):
 
 def test_a_weight_is_never_lost_to_a_singular_batch():
     inputs = np.ones((16, 6), "float32")
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(damping=1e-8), loss="mse")
+    model = captured(paper_isaac(damping=1e-8))
     before = weights(model)
     fit(model, (inputs, np.zeros((16, 3), "float32")), epochs=3)
     assert all(np.isfinite(w).all() for w in weights(model))

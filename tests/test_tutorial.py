@@ -3,11 +3,10 @@
 import json
 import os
 import re
-import subprocess
 import sys
 
 import pytest
-from harness import slow_but_on_torch
+from harness import run_python, slow_but_on_torch
 from test_examples import EXAMPLES
 
 # Runs each cell as a notebook does, and keeps what it prints.
@@ -41,10 +40,7 @@ def test_the_tutorial_runs_and_shows_the_summary_of_this_code(cells, tmp_path):
     sources[0] = sources[0].replace("EPOCHS, BATCH_SIZE = 6, 50", "EPOCHS, BATCH_SIZE = 2, 50")
     (tmp_path / "cells.json").write_text(json.dumps(sources))
     path = os.pathsep.join(filter(None, sys.path))
-    environment = {**os.environ, "MPLBACKEND": "Agg", "COLUMNS": "80", "PYTHONPATH": path}
-    command = [sys.executable, "-c", RUN_CELLS]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_python("-c", RUN_CELLS, cwd=tmp_path, MPLBACKEND="Agg", COLUMNS="80", PYTHONPATH=path)
     printed = json.loads((tmp_path / "printed.json").read_text())
     (place,) = (place for place, source in enumerate(sources) if source.startswith("summary(model"))
     assert "trainable kernels are conditioned" in printed[place]
