@@ -297,7 +297,7 @@ def expected_gradient(rows, matrix_of, plain_gradient, damping, relative_damping
     return result.reshape(plain_gradient.shape)
 
 
-def assert_conditioned(layer, reading, actual, plain, damping, tolerance=2e-5, **options):
+def assert_conditioned(layer, reading, plain, actual, damping, tolerance=2e-5, **options):
     """The gradients of the kernels in `reading` are the oracle's, and those of all other variables the plain ones."""
     assert set(reading) <= {id(variable) for variable in layer.trainable_variables}
     assert reading

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import pytest
+from oracle import relative_error
 
-from keras_isaac import ISAAC, backend
+from keras_isaac import ISAAC, backend, capture_inputs
 from keras_isaac.layers.products import product
 from keras_isaac.scope import Conditioning
 
@@ -104,6 +105,15 @@ def run(layer, inputs, cotangent, optimizer=None, compiled=IS_COMPILED):
     With an `optimizer` the pass runs under its `conditioning()`. Integer inputs have no gradient (`None`).
     """
     return step_of(layer, inputs, cotangent, optimizer, compiled)()
+
+
+def plain_and_conditioned(layer, inputs, cotangent, compiled=IS_COMPILED, damping=0.3, **options):
+    """The gradients of the layer, plain and captured. Its outputs and the gradient of its inputs are the plain ones."""
+    plain = run(layer, inputs, cotangent, compiled=compiled)
+    actual = run(capture_inputs(layer), inputs, cotangent, paper_isaac(damping=damping, **options), compiled)
+    for ours, theirs in ((actual.outputs, plain.outputs), (actual.input_gradient, plain.input_gradient)):
+        assert theirs is None or relative_error(ours, theirs) < 1e-6
+    return plain.gradients, actual.gradients
 
 
 def step_of(layer, inputs, cotangent, optimizer=None, compiled=IS_COMPILED):

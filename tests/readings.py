@@ -143,11 +143,15 @@ class Calling(keras.layers.Layer):
         self.layer, self.arguments = layer, arguments
 
     def build(self, input_shape):
-        self.layer.build(input_shape)
+        if not self.layer.built:
+            self.layer.build(input_shape)
 
     def call(self, inputs, training=None):
-        arguments = keras.tree.map_structure(keras.ops.convert_to_tensor, self.arguments)
-        results = keras.tree.flatten(self.layer(inputs, training=training, **arguments))
+        def tensor(x):
+            return keras.ops.convert_to_tensor(x) if isinstance(x, np.ndarray) else x
+
+        arguments = keras.tree.map_structure(tensor, {"training": training, **self.arguments})
+        results = keras.tree.flatten(self.layer(inputs, **arguments))
         shape = (keras.ops.shape(inputs)[0], -1)
         return keras.ops.concatenate([keras.ops.reshape(result, shape) for result in results], axis=-1)
 

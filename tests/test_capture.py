@@ -537,10 +537,17 @@ def test_both_factors_of_lora_train():
     assert np.abs(to_numpy(model.layers[0].lora_kernel_b) - before).max() > 0
 
 
-def test_integer_inputs():
-    model = captured(paper_isaac(damping=0.1), keras.Sequential([keras.Input((6,), dtype="int32"), keras.layers.Dense(3)]))
+def test_integer_inputs_are_conditioned_as_floats():
     inputs, targets = regression()
-    fit(model, ((inputs * 3).astype("int32"), targets))
+    inputs = (inputs * 3).astype("int32")
+
+    def after(dtype):
+        model = mlp()
+        model = keras.Model(tokens := keras.Input((6,), dtype=dtype), model(tokens))
+        fit(captured(paper_isaac(0.1, damping=0.1), model), (inputs.astype(dtype), targets))
+        return weights(model)
+
+    assert_close(after("int32"), after("float32"), 0)
 
 
 class Normalized(keras.layers.Dense):

@@ -105,7 +105,7 @@ def check(layer, inputs, loss, reading, **options):
     optimizer = paper_isaac(damping=DAMPING, **options)
     optimizer.build(layer.trainable_variables)
     conditioned = gradients(capture_inputs(layer), inputs, loss, optimizer)
-    assert_conditioned(layer, reading, conditioned, plain, DAMPING, 1e-4, **options)
+    assert_conditioned(layer, reading, plain, conditioned, DAMPING, 1e-4, **options)
     assert all(np.sum(ours * theirs) > 0 for ours, theirs in zip(conditioned, plain, strict=True))
 
 

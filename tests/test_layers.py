@@ -42,7 +42,7 @@ def test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(
         assert relative_error(conditioned.outputs, plain.outputs) < 1e-6
         if plain.input_gradient is not None:
             assert relative_error(conditioned.input_gradient, plain.input_gradient) < 1e-6
-        assert_conditioned(layer, reading, conditioned.gradients, plain.gradients, damping)
+        assert_conditioned(layer, reading, plain.gradients, conditioned.gradients, damping)
 
 
 @each_case()

@@ -6,10 +6,12 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import IS_COMPILED, each_mode, paper_isaac, run, to_numpy
+from cases import assert_conditioned
+from harness import each_mode, normal, paper_isaac, plain_and_conditioned, to_numpy
 from keras import layers, ops
 from models import captured, fit, keras_hub
 from oracle import relative_error
+from readings import Calling, dense, embedding, lora
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status
 
@@ -28,22 +30,6 @@ def with_lora(layer, input_shape, mode=None, seed=0):
     return layer
 
 
-def plain_and_conditioned(layer, inputs, cotangent, compiled=IS_COMPILED, **options):
-    """Passes of the layer by name of the variable, plain and captured."""
-    plain = run(layer, inputs, cotangent, compiled=compiled)
-    conditioned = run(capture_inputs(layer), inputs, cotangent, paper_isaac(damping=0.3, **options), compiled)
-    assert relative_error(conditioned.outputs, plain.outputs) < 1e-5
-    if plain.input_gradient is not None:
-        assert relative_error(conditioned.input_gradient, plain.input_gradient) < 1e-5
-    names = [variable.name for variable in layer.trainable_variables]
-    return tuple(dict(zip(names, each.gradients, strict=True)) for each in (plain, conditioned))
-
-
-def data(*shapes, seed=1):
-    random = np.random.default_rng(seed)
-    return [random.normal(size=shape).astype("float32") for shape in shapes]
-
-
 @pytest.mark.parametrize("trained", ["lora_kernel_a", "lora_kernel_b"])
 @pytest.mark.parametrize(
     "layer", [lambda: layers.Dense(5), lambda: layers.EinsumDense("ab,bc->ac", 5)], ids=["dense", "einsum"]
@@ -52,63 +38,41 @@ def test_a_factor_that_trains_alone(layer, trained):
     layer = with_lora(layer(), (4, 7))
     for name in {"lora_kernel_a", "lora_kernel_b"} - {trained}:
         getattr(layer, name).trainable = False
-    inputs, cotangent = data((4, 7), (4, 5))
-    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent)
-    rows = inputs if trained == "lora_kernel_a" else inputs @ to_numpy(layer.lora_kernel_a)
-    assert set(plain) - {"bias"} == {trained}
-    assert relative_error(conditioned[trained], oracle.condition(rows, plain[trained], 0.3)) < 2e-5
+    inputs, cotangent = normal((4, 7), (4, 5))
+    key = id(getattr(layer, trained))
+    reading = {key: lora(dense)(layer, inputs)[key]}
+    assert_conditioned(layer, reading, *plain_and_conditioned(layer, inputs, cotangent), 0.3)
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
 @pytest.mark.parametrize("mode", [None, "int8"])
 def test_rows_of_both_factors_are_those_that_count(mode):
     layer = with_lora(layers.EinsumDense("abc,cde->abde", (None, 2, 3)), (2, 4, 7), mode)
-    inputs, cotangent = data((2, 4, 7), (2, 4, 2, 3))
+    inputs, cotangent = normal((2, 4, 7), (2, 4, 2, 3))
     inputs[0, 2:] = 0.0
-    masking = layers.Masking()
-    names = [variable.name for variable in layer.trainable_variables]
-    plain = run(layer, inputs, cotangent).gradients
-    model = capture_inputs(keras.Sequential([keras.Input((4, 7)), masking, layer]))
-    conditioned = dict(zip(names, run(model, inputs, cotangent, paper_isaac(damping=0.3)).gradients, strict=True))
-    rows = inputs.reshape(8, 7)[[0, 1, 4, 5, 6, 7]]
-    first = to_numpy(layer.lora_kernel_a)
-    between = (rows @ first.reshape(7, 4)).reshape(12, 2)
-    plain = dict(zip(names, plain, strict=True))
-    expected = oracle.condition(rows, plain["lora_kernel_a"].reshape(7, 4), 0.3)
-    assert relative_error(conditioned["lora_kernel_a"].reshape(7, 4), expected) < 2e-5
-    assert relative_error(conditioned["lora_kernel_b"], oracle.condition(between, plain["lora_kernel_b"], 0.3)) < 2e-5
+    model = keras.Sequential([keras.Input((4, 7)), layers.Masking(), layer])
+    reading = lora(dense)(layer, inputs.reshape(8, 7)[[0, 1, 4, 5, 6, 7]])
+    assert_conditioned(layer, reading, *plain_and_conditioned(model, inputs, cotangent), 0.3)
 
 
 @pytest.mark.skipif(not hasattr(layers, "ReversibleEmbedding"), reason="an older Keras has no such layer")
 def test_a_table_in_reverse():
-    layer = with_lora(layers.ReversibleEmbedding(6, 4), (3, 5))
-    capture_inputs(layer)
-    inputs, cotangent = data((3, 4), (3, 6))
-
-    class Reverse(layers.Layer):
-        def __init__(self):
-            super().__init__()
-            self.table = layer
-
-        def call(self, inputs):
-            return self.table(inputs, reverse=True)
-
-    reverse = Reverse()
-    reverse.build((3, 4))
-    plain, conditioned = (
-        run(reverse, inputs, cotangent, optimizer).gradients for optimizer in (None, paper_isaac(damping=0.3))
-    )
-    first, second = to_numpy(layer.lora_embeddings_a), to_numpy(layer.lora_embeddings_b)
-    assert first.shape == plain[0].shape
-    rows = inputs @ second.T
-    assert relative_error(conditioned[0], oracle.condition(rows, plain[0].T, 0.3).T) < 2e-5
-    assert relative_error(conditioned[1], oracle.condition(inputs, plain[1].T, 0.3).T) < 2e-5
+    table = with_lora(layers.ReversibleEmbedding(6, 4), (3, 5))
+    inputs, cotangent = normal((3, 4), (3, 6))
+    first, second = table.lora_embeddings_a, table.lora_embeddings_b
+    # The factors multiply transposed, the second one first.
+    reading = {
+        id(first): ((inputs @ to_numpy(second).T)[None], lambda array: array.T[None]),
+        id(second): (inputs[None], lambda array: array.T[None]),
+    }
+    gradients = plain_and_conditioned(Calling(table, reverse=True), inputs, cotangent)
+    assert_conditioned(table, reading, *gradients, 0.3)
 
 
 QUANTIZED = {
-    "dense": (lambda: layers.Dense(6, activation="tanh"), (4, 8)),
-    "einsum": (lambda: layers.EinsumDense("ab,bc->ac", 6), (4, 8)),
-    "embedding": (lambda: layers.Embedding(8, 6), (4,)),
+    "dense": (lambda: layers.Dense(6, activation="tanh"), (4, 8), lora(dense)),
+    "einsum": (lambda: layers.EinsumDense("ab,bc->ac", 6), (4, 8), lora(dense)),
+    "embedding": (lambda: layers.Embedding(8, 6), (4,), lora(embedding, "lora_embeddings")),
 }
 
 
@@ -116,22 +80,15 @@ QUANTIZED = {
 @each_mode
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_factors_beside_a_quantized_kernel(kind, mode, compiled):
-    layer, shape = QUANTIZED[kind]
+def test_the_factors_of_a_quantized_kernel(kind, mode, compiled):
+    layer, shape, read = QUANTIZED[kind]
     layer = with_lora(layer(), shape, mode)
-    inputs, cotangent = data(shape, (4, 6))
-    rows, name = inputs, "lora_kernel"
-    if kind == "embedding":
-        inputs, name = np.array([1, 3, 3, 5], "int32"), "lora_embeddings"
-        rows = np.eye(8)[inputs]
-    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled)
-    first, second = (getattr(layer, f"{name}_{factor}") for factor in "ab")
-    between = rows @ to_numpy(first)
-    assert relative_error(conditioned[first.name], oracle.condition(rows, plain[first.name], 0.3)) < 2e-5
-    assert relative_error(conditioned[second.name], oracle.condition(between, plain[second.name], 0.3)) < 2e-5
-    assert relative_error(conditioned[second.name], plain[second.name]) > 1e-2
+    inputs, cotangent = normal(shape, (4, 6))
+    inputs = np.array([1, 3, 3, 5], "int32") if kind == "embedding" else inputs
+    reading = read(layer, inputs)
+    assert_conditioned(layer, reading, *plain_and_conditioned(layer, inputs, cotangent, compiled), 0.3)
     reasons = {status.path.split("/")[-1]: status.reason for status in kernel_status(layer)}
-    assert reasons[first.name] is reasons[second.name] is None
+    assert {reasons[variable.name] for variable in layer.trainable_variables if id(variable) in reading} == {None}
     assert set(reasons.values()) == {None, "frozen"}
 
 
@@ -139,12 +96,9 @@ def test_float8_trains_its_kernel():
     layer = layers.Dense(6)
     layer.build((4, 8))
     layer.quantize("float8")
-    inputs, cotangent = data((4, 8), (4, 6))
-    plain, conditioned = (
-        run(each, inputs, cotangent, optimizer, compiled=True).gradients[0]
-        for each, optimizer in ((layer, None), (capture_inputs(layer), paper_isaac(damping=0.3)))
-    )
-    assert relative_error(conditioned, oracle.condition(inputs, plain, 0.3)) < 2e-5
+    inputs, cotangent = normal((4, 8), (4, 6))
+    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled=True)
+    assert relative_error(conditioned[0], oracle.condition(inputs, plain[0], 0.3)) < 2e-5
     model = captured(paper_isaac(0.1, damping=0.3), keras.Sequential([keras.Input((8,)), layer]))
     losses = fit(model, (inputs, cotangent), epochs=5).history["loss"]
     assert losses[-1] < losses[0]

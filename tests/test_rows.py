@@ -6,9 +6,21 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import BACKEND, IS_COMPILED, conditioning, each_mode, jit, paper_isaac, run, to_numpy
+from harness import (
+    BACKEND,
+    IS_COMPILED,
+    conditioning,
+    each_mode,
+    jit,
+    normal,
+    paper_isaac,
+    plain_and_conditioned,
+    run,
+    to_numpy,
+)
 from keras import layers, ops
 from oracle import relative_error
+from readings import Calling
 from readings import patches as numpy_patches
 
 from keras_isaac import capture_inputs
@@ -18,17 +30,14 @@ from keras_isaac.curvature.rows import Rows, condensed, sampled_rows
 from keras_isaac.layers.patches import Window, patches
 
 
-def layer_and_data(layer, *shape, seed=0):
-    random = np.random.default_rng(seed)
+def layer_and_data(layer, *shape):
     layer.build(shape)
-    inputs = random.normal(size=shape).astype("float32")
-    return layer, inputs, random.normal(size=layer.compute_output_shape(shape)).astype("float32")
+    return layer, *normal(shape, layer.compute_output_shape(shape))
 
 
-def plain_and_conditioned(layer, inputs, cotangent, compiled=IS_COMPILED, **options):
-    plain = run(layer, inputs, cotangent, compiled=compiled).gradients[0]
-    conditioned = run(capture_inputs(layer), inputs, cotangent, paper_isaac(damping=0.3, **options), compiled).gradients[0]
-    return plain, conditioned
+def kernel_gradients(layer, inputs, cotangent, compiled=IS_COMPILED, **options):
+    """The gradient of the first kernel, plain and conditioned."""
+    return [gradients[0] for gradients in plain_and_conditioned(layer, inputs, cotangent, compiled, **options)]
 
 
 def sums(rows, num_sums):
@@ -49,7 +58,7 @@ def sums(rows, num_sums):
 @pytest.mark.parametrize("features", [8, 64])
 def test_max_rows_in_a_sequence(max_rows, features, compiled):
     layer, inputs, cotangent = layer_and_data(layers.Dense(3), 4, 10, features)
-    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled, max_rows=max_rows)
+    plain, conditioned = kernel_gradients(layer, inputs, cotangent, compiled, max_rows=max_rows)
     rows = sums(inputs.reshape(40, features), max_rows or 40)
     assert relative_error(conditioned, oracle.condition(rows, plain, 0.3)) < 2e-5
 
@@ -108,33 +117,30 @@ def test_rows_are_spread_over_samples_and_positions(monkeypatch):
 @each_mode
 def test_a_layer_without_shared_positions_uses_its_whole_batch(compiled):
     layer, inputs, cotangent = layer_and_data(layers.Dense(3), 20, 8)
-    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled, max_rows=2)
+    plain, conditioned = kernel_gradients(layer, inputs, cotangent, compiled, max_rows=2)
     assert relative_error(conditioned, oracle.condition(inputs, plain, 0.3)) < 2e-5
+
+
+# A layer, the shape of its inputs, and how many features its kernel reads from each mean over positions.
+REDUCED = {
+    "dense": (lambda: layers.Dense(3), (4, 10, 8)),
+    "einsum": (lambda: layers.EinsumDense("abcd,cde->abe", (5, 3)), (4, 5, 2, 3)),
+    "convolution": (lambda: layers.Conv2D(3, 3, padding="same", strides=2), (4, 5, 6, 2)),
+}
 
 
 @each_mode
 @pytest.mark.parametrize("max_rows", [2, 1024])
-def test_reduce_takes_the_mean_of_each_samples_positions(max_rows, compiled):
-    layer, inputs, cotangent = layer_and_data(layers.Dense(3), 4, 10, 8)
-    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled, weight_sharing="reduce", max_rows=max_rows)
-    rows = sums(inputs.astype("float64").mean(1), max_rows)
+@pytest.mark.parametrize("kind", REDUCED)
+@pytest.mark.often("*-1024-*", "dense-2-*")
+def test_reduce_takes_the_mean_of_each_samples_positions(kind, max_rows, compiled):
+    make, shape = REDUCED[kind]
+    layer, inputs, cotangent = layer_and_data(make(), *shape)
+    positions = (numpy_patches(layer, inputs) if kind == "convolution" else inputs).astype("float64")
+    options = {"weight_sharing": "reduce", "max_rows": max_rows}
+    plain, conditioned = (each.reshape(-1, 3) for each in kernel_gradients(layer, inputs, cotangent, compiled, **options))
+    rows = sums(positions.reshape(4, -1, len(plain)).mean(axis=1), max_rows)
     assert relative_error(conditioned, oracle.condition(rows, plain, 0.3)) < 2e-5
-
-
-@each_mode
-def test_reduce_in_an_einsum(compiled):
-    layer, inputs, cotangent = layer_and_data(layers.EinsumDense("abcd,cde->abe", (5, 3)), 4, 5, 2, 3)
-    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled, weight_sharing="reduce")
-    expected = oracle.condition(inputs.astype("float64").mean(1).reshape(4, 6), plain.reshape(6, 3), 0.3)
-    assert relative_error(conditioned.reshape(6, 3), expected) < 2e-5
-
-
-@each_mode
-def test_reduce_in_a_convolution(compiled):
-    layer, inputs, cotangent = layer_and_data(layers.Conv2D(3, 3, padding="same", strides=2), 4, 5, 6, 2)
-    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled, weight_sharing="reduce")
-    rows = numpy_patches(layer, inputs).astype("float64").reshape(4, -1, 18).mean(1)
-    assert relative_error(conditioned.reshape(18, 3), oracle.condition(rows, plain.reshape(18, 3), 0.3)) < 2e-5
 
 
 @pytest.mark.often("*-7-compiled")
@@ -160,7 +166,7 @@ def test_max_rows_in_a_convolution(shape, strides, dilation_rate, padding, max_r
     limit = min(max(100, max_rows), len(every))
     assert limit / 3 <= len(kept) <= limit
     assert {patch.astype("float32").tobytes() for patch in kept} <= every
-    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled, max_rows=max_rows)
+    plain, conditioned = kernel_gradients(layer, inputs, cotangent, compiled, max_rows=max_rows)
     expected = oracle.condition(sums(kept.reshape(-1, 18), max_rows), plain.reshape(18, 3), 0.3)
     assert relative_error(conditioned.reshape(18, 3), expected) < 2e-5
 
@@ -174,10 +180,18 @@ def test_kept_patches_of_a_convolution_are_on_an_even_grid(monkeypatch):
     assert grid == set(itertools.product([1, 4, 7, 10], repeat=2))
 
 
-def masked_model(layer):
-    tokens = keras.Input((6,), dtype="int32")
-    embedded = layers.Embedding(9, 8, mask_zero=True, trainable=False, name="table")(tokens)
-    return keras.Model(tokens, layer(embedded))
+def masked_gradients(layer, tokens, compiled=IS_COMPILED, **options):
+    """The gradient of a kernel that reads an embedding of the tokens, plain and conditioned; and the table."""
+    inputs, table = keras.Input((6,), dtype="int32"), layers.Embedding(9, 8, mask_zero=True, trainable=False)
+    model = keras.Model(inputs, layer(table(inputs)))
+    (cotangent,) = normal(model.compute_output_shape(tokens.shape))
+    return *kernel_gradients(model, tokens, cotangent, compiled, **options), to_numpy(table.embeddings)
+
+
+def padded_tokens():
+    tokens = np.random.default_rng(0).integers(1, 9, size=(4, 6)).astype("int32")
+    tokens[0, 3:] = tokens[1, 1:] = 0
+    return tokens
 
 
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
@@ -189,77 +203,43 @@ def masked_model(layer):
 @each_mode
 @pytest.mark.filterwarnings("ignore:.*does not support masking:UserWarning")
 def test_masked_rows_do_not_count(layer, weight_sharing, compiled):
-    layer = layer()
-    model = masked_model(layer)
-    random = np.random.default_rng(0)
-    tokens = random.integers(1, 9, size=(4, 6)).astype("int32")
-    tokens[0, 3:] = tokens[1, 1:] = 0
-    cotangent = random.normal(size=model.compute_output_shape((4, 6))).astype("float32")
-    plain = run(model, tokens, cotangent, compiled=compiled).gradients[0].reshape(8, 3)
-    capture_inputs(model, include=layer)
-    optimizer = paper_isaac(damping=0.3, weight_sharing=weight_sharing)
-    conditioned = run(model, tokens, cotangent, optimizer, compiled).gradients[0].reshape(8, 3)
-    table = to_numpy(model.get_layer("table").embeddings)
+    tokens = padded_tokens()
+    plain, conditioned, table = masked_gradients(layer(), tokens, compiled, weight_sharing=weight_sharing)
     if weight_sharing == "expand":
         rows = table[tokens[tokens != 0]]
     else:
         rows = np.stack([table[sample[sample != 0]].mean(0) for sample in tokens])
-    assert relative_error(conditioned, oracle.condition(rows, plain, 0.3)) < 2e-5
+    assert relative_error(conditioned.reshape(8, 3), oracle.condition(rows, plain.reshape(8, 3), 0.3)) < 2e-5
 
 
 @each_mode
 @pytest.mark.filterwarnings("ignore:.*does not support masking:UserWarning")
 def test_a_mask_over_groups_counts_the_rows_of_each(compiled):
-    """Each of the six positions has a kernel of its own."""
-    layer = layers.EinsumDense("abc,bcd->abd", (6, 3))
-    model = masked_model(layer)
-    random = np.random.default_rng(0)
-    tokens = random.integers(1, 9, size=(4, 6)).astype("int32")
-    tokens[0, 3:] = tokens[1, 1:] = tokens[:, 5] = 0
-    cotangent = random.normal(size=(4, 6, 3)).astype("float32")
-    plain = run(model, tokens, cotangent, compiled=compiled).gradients[0]
-    capture_inputs(model, include=layer)
-    conditioned = run(model, tokens, cotangent, paper_isaac(damping=0.3), compiled).gradients[0]
-    table = to_numpy(model.get_layer("table").embeddings)
+    """Each of the six positions has its own kernel."""
+    tokens = padded_tokens()
+    tokens[:, 5] = 0
+    plain, conditioned, table = masked_gradients(layers.EinsumDense("abc,bcd->abd", (6, 3)), tokens, compiled)
     for position in range(6):
         rows = table[tokens[:, position][tokens[:, position] != 0]]
         expected = oracle.condition(rows, plain[position], 0.3) if len(rows) else plain[position]
         assert relative_error(conditioned[position], expected) < 2e-5
 
 
-def test_a_wholly_masked_batch_keeps_the_plain_gradient():
-    layer = layers.Dense(3)
-    model = masked_model(layer)
-    tokens, cotangent = np.zeros((4, 6), "int32"), np.ones((4, 6, 3), "float32")
-    plain = run(model, tokens, cotangent).gradients[0]
-    for weight_sharing in ("expand", "reduce"):
-        capture_inputs(model, include=layer)
-        conditioned = run(model, tokens, cotangent, paper_isaac(damping=0.3, weight_sharing=weight_sharing)).gradients[0]
-        assert relative_error(conditioned, plain) < 1e-6
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+def test_a_wholly_masked_batch_keeps_the_plain_gradient(weight_sharing):
+    plain, conditioned, _ = masked_gradients(layers.Dense(3), np.zeros((4, 6), "int32"), weight_sharing=weight_sharing)
+    assert relative_error(conditioned, plain) < 1e-6
 
 
 @pytest.mark.parametrize("tie_weights", [True, False])
 @each_mode
 def test_reversible_embedding_in_reverse(tie_weights, compiled):
-    class Reverse(keras.layers.Layer):
-        def __init__(self):
-            super().__init__()
-            self.table = layers.ReversibleEmbedding(7, 4, tie_weights=tie_weights, logit_soft_cap=30.0)
-
-        def build(self, input_shape):
-            self.table.build((None, None))
-
-        def call(self, inputs):
-            return self.table(inputs, reverse=True)
-
-        def compute_output_shape(self, input_shape):
-            return (*input_shape[:-1], 7)
-
-    layer, inputs, _ = layer_and_data(Reverse(), 3, 5, 4)
-    cotangent = np.random.default_rng(1).normal(size=(3, 5, 7)).astype("float32")
-    # Not tied, the table has no part in the reverse.
-    layer.table.embeddings.trainable = tie_weights
-    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent, compiled)
+    table = layers.ReversibleEmbedding(7, 4, tie_weights=tie_weights, logit_soft_cap=30.0)
+    layer, inputs = Calling(table, reverse=True), normal((3, 5, 4))[0]
+    table.build((None, None))
+    # If it is not tied, the table has no part in the reverse.
+    table.embeddings.trainable = tie_weights
+    plain, conditioned = kernel_gradients(layer, inputs, *normal((3, 35), seed=1), compiled)
     if tie_weights:
         plain, conditioned = plain.T, conditioned.T
     assert relative_error(conditioned, oracle.condition(inputs.reshape(15, 4), plain, 0.3)) < 2e-5

@@ -23,7 +23,7 @@ def test_each_layer_has_its_own_damping_and_keeps_its_own_norm(case):
     capture_inputs(layer)
     for options in ({"relative_damping": True}, {"relative_damping": True, "preserve_norm": True}):
         gradients = run(layer, inputs, cotangent, paper_isaac(damping=0.5, **options), True).gradients
-        assert_conditioned(layer, reading, gradients, plain.gradients, 0.5, **options)
+        assert_conditioned(layer, reading, plain.gradients, gradients, 0.5, **options)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
