@@ -250,6 +250,6 @@ def test_several_forward_passes_a_step_and_several_applies_a_pass():
             loop.model(loop.inputs)
             loop.model(loop.inputs)
         for variable in variables:
-            optimizer.apply([keras.ops.ones_like(variable)], [variable])
+            optimizer.apply([keras.ops.ones(variable.shape)], [variable])
     # Each variable has moved twice, by the learning rate of 0.1.
     assert_close(weights(loop.model), [weight - 0.2 for weight in before], 1e-6)
