@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import to_numpy
+from harness import paper_isaac, to_numpy
 
 from keras_isaac import capture_inputs
 
@@ -76,6 +76,13 @@ def assert_close(actual, expected, tolerance=1e-6):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(np.abs(theirs).max(), 1e-30))
 
 
+def assert_only_damping_matters(after, tolerance=1e-5, at_least=1e-3):
+    """`after(optimizer, capture)` returns weights: at a huge damping those of plain SGD, at a small one others."""
+    plain = after(keras.optimizers.SGD(0.1), lambda model: model)
+    assert_close(after(paper_isaac(0.1, 1e8), capture_inputs), plain, tolerance)
+    assert_differ(after(paper_isaac(0.1, 0.1), capture_inputs), plain, at_least)
+
+
 def assert_differ(actual, expected, at_least=1e-4):
     """Some weight differs by more than rounding."""
     assert max(np.abs(ours - theirs).max() for ours, theirs in zip(actual, expected, strict=True)) > at_least
@@ -93,6 +100,15 @@ def sequence_network(length=6, vocabulary=7, outputs=3, seed=0):
     for weight in model.trainable_variables:
         weight.assign(random.normal(size=weight.shape) / np.sqrt(weight.shape[0]))
     return model
+
+
+def each_product():
+    """An embedding, a convolution, an einsum and a dense layer, for 12 tokens of 20; random weights."""
+    tokens = keras.Input((12,), dtype="int32")
+    hidden = keras.layers.Conv1D(6, 3, activation="tanh")(keras.layers.Embedding(20, 8)(tokens))
+    hidden = keras.layers.EinsumDense("abc,cde->abde", (None, 2, 4), activation="tanh")(hidden)
+    hidden = keras.layers.GlobalAveragePooling1D()(keras.layers.Reshape((10, 8))(hidden))
+    return with_random_weights(keras.Model(tokens, keras.layers.Dense(3)(hidden)))
 
 
 def sequences(num=48, length=6, vocabulary=7, outputs=3, seed=0):

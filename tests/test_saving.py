@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from harness import BACKEND, paper_isaac, run_python, to_numpy
 from keras import layers
-from models import assert_close, assert_differ, captured, fit, mlp, regression, weights, with_random_weights
+from models import assert_close, assert_differ, captured, each_product, fit, mlp, regression, weights, with_random_weights
 from test_training import OPTIMIZERS
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status
@@ -133,13 +133,7 @@ def test_orbax_checkpoint_goes_on_bit_for_bit(optimizer, tmp_path):
 
 def several_kinds():
     """A fitted model with a product of each kind, and its inputs."""
-    tokens = keras.Input((12,), dtype="int32")
-    hidden = layers.Conv1D(6, 3, activation="tanh")(layers.Embedding(20, 8)(tokens))
-    hidden = layers.EinsumDense("abc,cde->abde", (None, 2, 4), activation="tanh")(hidden)
-    hidden = layers.GlobalAveragePooling1D()(layers.Reshape((10, 8))(hidden))
-    model = captured(
-        paper_isaac(damping=0.1, inner_optimizer="adam"), with_random_weights(keras.Model(tokens, layers.Dense(3)(hidden)))
-    )
+    model = captured(paper_isaac(damping=0.1, inner_optimizer="adam"), each_product())
     inputs = np.random.default_rng(0).integers(0, 20, size=(48, 12)).astype("int32")
     fit(model, (inputs, regression(48)[1]))
     return model, inputs[:8]
