@@ -64,6 +64,35 @@ def trained(optimizer, capture=None, data=None, compile_options=None, **kwargs):
     return weights(model)
 
 
+def batches(data, size, num_steps):
+    """The first `num_steps` batches of each array in `data`, over and over."""
+    starts = [step * size % len(data[0]) for step in range(num_steps)]
+    return [[array[start : start + size] for array in data] for start in starts]
+
+
+def numpy_training(model, batches, learning_rate, damping, momentum, num_replicas=1):
+    """Trains an `mlp()` under the mean squared error in float64, by SGD with momentum on conditioned gradients.
+
+    Every replica conditions on its part of each batch, and the gradients are averaged.
+    """
+    parameters = weights(model)
+    velocity = [np.zeros_like(p) for p in parameters]
+    for batch in batches:
+        kernel, bias, head_kernel, head_bias = parameters
+        gradients = []
+        for x, y in zip(*(np.split(array.astype("float64"), num_replicas) for array in batch), strict=True):
+            hidden = np.tanh(x @ kernel + bias)
+            output_gradient = 2 * (hidden @ head_kernel + head_bias - y) / y.size
+            hidden_gradient = (output_gradient @ head_kernel.T) * (1 - hidden**2)
+            conditioned = oracle.conditioned_gradient(x, hidden_gradient, damping)
+            conditioned_head = oracle.conditioned_gradient(hidden, output_gradient, damping)
+            gradients.append([conditioned, hidden_gradient.sum(0), conditioned_head, output_gradient.sum(0)])
+        means = [np.mean(gradient, axis=0) for gradient in zip(*gradients, strict=True)]
+        velocity = [momentum * v - learning_rate * g for v, g in zip(velocity, means, strict=True)]
+        parameters = [p + v for p, v in zip(parameters, velocity, strict=True)]
+    return parameters
+
+
 def keras_hub():
     """KerasHub, which is only tested where it is installed, and for this Keras."""
     return pytest.importorskip("keras_hub", reason="KerasHub is not installed, or not for this Keras", exc_type=ImportError)

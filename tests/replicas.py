@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import keras
+import models
 import numpy as np
-import oracle
 import pytest
 from harness import eager_gradients, paper_isaac, to_numpy
-from models import assert_close, assert_differ, mlp, regression, sequence_network, sequences, weights
+from models import assert_close, assert_differ, batches, mlp, regression, sequence_network, sequences, weights
 
 from keras_isaac import capture_inputs
 
@@ -48,29 +48,9 @@ def finish(*processes):
 
 
 def numpy_training(width, num_replicas):
-    """SGD with momentum in float64; every replica conditions on its part of the batch, and the gradients are averaged."""
-    inputs, targets = (array.astype("float64") for array in regression(NUM_STEPS * BATCH_SIZE))
-    parameters = weights(mlp(width=width))
-    velocity = [np.zeros_like(p) for p in parameters]
-    for x, y in zip(np.split(inputs, NUM_STEPS), np.split(targets, NUM_STEPS), strict=True):
-        kernel, bias, head_kernel, head_bias = parameters
-        gradients = []
-        for part, part_y in zip(np.split(x, num_replicas), np.split(y, num_replicas), strict=True):
-            hidden = np.tanh(part @ kernel + bias)
-            output_gradient = 2 * (hidden @ head_kernel + head_bias - part_y) / part_y.size
-            hidden_gradient = (output_gradient @ head_kernel.T) * (1 - hidden**2)
-            gradients.append(
-                [
-                    oracle.conditioned_gradient(part, hidden_gradient, OPTIONS["damping"]),
-                    hidden_gradient.sum(0),
-                    oracle.conditioned_gradient(hidden, output_gradient, OPTIONS["damping"]),
-                    output_gradient.sum(0),
-                ]
-            )
-        means = [np.mean(gradient, axis=0) for gradient in zip(*gradients, strict=True)]
-        velocity = [OPTIONS["momentum"] * v - OPTIONS["learning_rate"] * g for v, g in zip(velocity, means, strict=True)]
-        parameters = [p + v for p, v in zip(parameters, velocity, strict=True)]
-    return parameters
+    """Weights of an `mlp` of so much width after one epoch on so many replicas."""
+    data = batches(regression(NUM_STEPS * BATCH_SIZE), BATCH_SIZE, NUM_STEPS)
+    return models.numpy_training(mlp(width=width), data, **OPTIONS, num_replicas=num_replicas)
 
 
 def one_device_training(num_replicas):

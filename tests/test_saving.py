@@ -213,17 +213,6 @@ def test_a_copy_of_an_optimizer_is_as_configured(copied, optimizer):
     assert other.get_config() == model.optimizer.get_config()
 
 
-def test_a_clone_trains_as_the_original():
-    model = compiled("adam")
-    fit(model, regression())
-    clone = keras.models.clone_model(model)
-    assert clone.get_config() == model.get_config()
-    assert [status.reason for status in kernel_status(clone)] == [None] * 2
-    clone.set_weights(mlp().get_weights())
-    fit(clone, regression())
-    assert_close(weights(clone), weights(model), 0)
-
-
 @pytest.mark.parametrize("direction", ["captured to plain", "plain to captured"])
 def test_weight_files_do_not_know_of_capturing(direction, tmp_path):
     models = [capture_inputs(mlp()), mlp(seed=1)]

@@ -23,10 +23,12 @@ from models import (
     assert_close,
     assert_differ,
     assert_only_damping_matters,
+    batches,
     captured,
     each_product,
     fit,
     mlp,
+    numpy_training,
     oracle_fit,
     regression,
     trained,
@@ -35,7 +37,6 @@ from models import (
 )
 from oracle import relative_error
 from test_loops import custom_loop
-from test_training import numpy_training
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status
 
@@ -43,7 +44,7 @@ from keras_isaac import ISAAC, capture_inputs, kernel_status
 HUGE = 1e8
 
 
-def batches(size=16, **arrays):
+def steps_of(size=16, **arrays):
     """The batches of `fit`, as arguments of `train_on_batch`."""
 
     def part(start):
@@ -162,7 +163,7 @@ def test_a_run_in_float64_is_numpys():
     model.set_weights(mlp().get_weights())
     model.compile(optimizer=paper_isaac(**options), loss=keras.losses.MeanSquaredError(dtype="float64"))
     fit(model, regression(32), epochs=2)
-    expected = numpy_training(*regression(32), 4, 16, **options)
+    expected = numpy_training(mlp(), batches(regression(32), 16, 4), **options)
     # On the other backends `keras.ops.mean` returns float32, and so do losses.
     assert_close(weights(model), expected, 1e-14 if BACKEND == "tensorflow" else 1e-7)
 
@@ -179,7 +180,7 @@ def test_dtype_policies_of_single_layers():
 
     inputs, targets = regression()
     isaac, plain = after(paper_isaac(0.1, 0.1), True), after(SGD(0.1), False)
-    assert_close(isaac, oracle_fit(mlp(), batches(x=inputs, y=targets), 0.1, 0.1, loss="mse"), 1e-2)
+    assert_close(isaac, oracle_fit(mlp(), steps_of(x=inputs, y=targets), 0.1, 0.1, loss="mse"), 1e-2)
     assert_differ(isaac, plain, 5e-2)
     assert_close(after(paper_isaac(0.1, HUGE), True), plain, 1e-2)
 
@@ -337,7 +338,7 @@ def test_several_inputs_and_outputs_with_loss_and_sample_weights():
     model = capture_inputs(branching())
     model.compile(optimizer=paper_isaac(0.3, damping=0.1), **LOSSES)
     model.fit(inputs, targets, sample_weight=sample_weight, batch_size=16, shuffle=False, verbose=0)
-    steps = batches(x=inputs, y=targets, sample_weight=sample_weight)
+    steps = steps_of(x=inputs, y=targets, sample_weight=sample_weight)
     expected = oracle_fit(branching(), steps, 0.3, 0.1, **LOSSES)
     assert_close(weights(model), expected, 1e-4)
 
@@ -350,7 +351,7 @@ def test_class_weights_and_weighted_rows_of_zero():
     model = capture_inputs(mlp())
     model.compile(optimizer=paper_isaac(0.3, damping=0.1), loss=loss)
     fit(model, (inputs, labels), class_weight=class_weight, epochs=2)
-    steps = [{**batch, "class_weight": class_weight} for batch in batches(x=inputs, y=labels)] * 2
+    steps = [{**batch, "class_weight": class_weight} for batch in steps_of(x=inputs, y=labels)] * 2
     assert_close(weights(model), oracle_fit(mlp(), steps, 0.3, 0.1, loss=loss), 1e-4)
 
 
@@ -376,7 +377,7 @@ def test_transfer_learning_and_layers_frozen_and_unfrozen_between_compiles(captu
 
     def by_oracle(model, rate):
         names = conditioned if model.get_layer("hidden").trainable else {"head"}
-        oracle_fit(model, batches(x=x, y=y), rate, 0.1, names, loss="mse")
+        oracle_fit(model, steps_of(x=x, y=y), rate, 0.1, names, loss="mse")
 
     model = mlp()
     model.get_layer("hidden").trainable = False

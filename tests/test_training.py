@@ -4,35 +4,11 @@ import json
 
 import keras
 import numpy as np
-import oracle
 import pytest
 from harness import BACKEND, paper_isaac, run_python
-from models import assert_close, assert_differ, captured, fit, mlp, regression, trained, weights
+from models import assert_close, assert_differ, batches, captured, fit, mlp, numpy_training, regression, trained, weights
 
 from keras_isaac import capture_inputs
-
-
-def numpy_training(inputs, targets, num_steps, batch_size, learning_rate, damping, momentum):
-    """Ten lines of float64: a tanh network under the mean squared error, SGD with momentum on conditioned gradients."""
-    parameters = [np.asarray(w) for w in weights(mlp())]
-    velocity = [np.zeros_like(p) for p in parameters]
-    for step in range(num_steps):
-        start = step * batch_size % len(inputs)
-        x, y = inputs[start : start + batch_size].astype("float64"), targets[start : start + batch_size].astype("float64")
-        kernel, bias, head_kernel, head_bias = parameters
-        hidden = np.tanh(x @ kernel + bias)
-        output_gradient = 2 * (hidden @ head_kernel + head_bias - y) / y.size
-        hidden_gradient = (output_gradient @ head_kernel.T) * (1 - hidden**2)
-        gradients = [
-            oracle.conditioned_gradient(x, hidden_gradient, damping),
-            hidden_gradient.sum(0),
-            oracle.conditioned_gradient(hidden, output_gradient, damping),
-            output_gradient.sum(0),
-        ]
-        velocity = [momentum * v - learning_rate * g for v, g in zip(velocity, gradients, strict=True)]
-        parameters = [p + v for p, v in zip(parameters, velocity, strict=True)]
-    return parameters
-
 
 MODES = {
     "default": {},
@@ -49,7 +25,7 @@ MODES = {
 def test_ten_steps_are_numpys_on_every_backend_compiled_and_eager(mode):
     inputs, targets = regression(40)  # The last batch of an epoch is smaller: 16, 16, 8 rows; the hidden layer is 8 wide.
     options = {"learning_rate": 0.2, "damping": 0.05, "momentum": 0.9}
-    numpy = numpy_training(inputs[:32], targets[:32], 10, 16, **options)
+    numpy = numpy_training(mlp(), batches((inputs[:32], targets[:32]), 16, 10), **options)
     # The same ten steps of two batches of 16: rows more than features in both layers.
     actual = trained(paper_isaac(**options), capture_inputs, (inputs[:32], targets[:32]), MODES[mode], epochs=5)
     assert_close(actual, numpy, 1e-4)
@@ -58,23 +34,20 @@ def test_ten_steps_are_numpys_on_every_backend_compiled_and_eager(mode):
 def test_ten_steps_with_fewer_rows_than_features_and_a_smaller_last_batch():
     inputs, targets = regression(12)
     options = {"learning_rate": 0.2, "damping": 0.05, "momentum": 0.9}
-    numpy = numpy_training(inputs, targets, 9, 5, **options)
-
-    # 5, 5 and 2 rows: NumPy's slices wrap in the same way.
-    batches = [slice(step * 5 % 12, step * 5 % 12 + 5) for step in range(9)]
+    # 5, 5 and 2 rows.
+    steps = batches((inputs, targets), 5, 9)
     model = captured(paper_isaac(**options))
-    for batch in batches:
-        model.train_on_batch(inputs[batch], targets[batch])
-    assert_close(weights(model), numpy, 1e-4)
-    assert len({len(inputs[batch]) for batch in batches}) > 1
+    for batch in steps:
+        model.train_on_batch(*batch)
+    assert_close(weights(model), numpy_training(mlp(), steps, **options), 1e-4)
+    assert len({len(x) for x, _ in steps}) > 1
 
 
 def test_fit_with_a_smaller_last_batch():
     inputs, targets = regression(40)
     model = captured(paper_isaac(damping=0.1))
-    for _ in range(2):
-        for start in (0, 16, 32):
-            model.train_on_batch(inputs[start : start + 16], targets[start : start + 16])
+    for batch in [*batches((inputs, targets), 16, 3)] * 2:
+        model.train_on_batch(*batch)
     assert_close(trained(paper_isaac(damping=0.1), capture_inputs, (inputs, targets), epochs=2), weights(model), 1e-5)
 
 
@@ -162,20 +135,6 @@ def test_a_saved_model_loads_where_the_package_is_not_installed(tmp_path):
     )
     output = run_python("-c", script, tmp_path / "model.keras", cwd=tmp_path)
     assert float(output.splitlines()[-1]) == pytest.approx(weights(model)[0].sum(), abs=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:The `native_serialization` parameter:DeprecationWarning")
-def test_export_equals_predict(tmp_path):
-    if BACKEND == "torch":
-        pytest.importorskip("torch_xla", reason="Keras exports SavedModel from PyTorch through torch_xla")
-    tf = pytest.importorskip("tensorflow", reason="Keras exports SavedModel through TensorFlow")
-    model = captured(paper_isaac())
-    inputs, targets = regression(16)
-    model.train_on_batch(inputs, targets)
-    model.export(tmp_path / "exported", verbose=False)
-    exported = tf.saved_model.load(tmp_path / "exported")
-    served = exported.serve(inputs)
-    np.testing.assert_allclose(served, model.predict(inputs, verbose=0), atol=1e-6)
 
 
 def test_a_weight_is_never_lost_to_a_singular_batch():
