@@ -1,5 +1,6 @@
 """The benchmarks run, on small settings, and compute what they say."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -15,10 +16,11 @@ from harness import run_python, slow_but_on_torch
 from test_examples import EXAMPLES, run
 
 BENCHMARKS = EXAMPLES / "benchmarks"
+on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="the comparison runs on JAX")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="the comparison runs on JAX")
+@on_jax
 def test_evidence_resumes_and_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_ISAAC_RESULTS", str(tmp_path / "results"))
     arguments = ("--tasks", "diabetes", "--methods", "AdamW;ISAAC + AdamW, tuned", "--settings", 3, "--seeds", 2)
@@ -126,7 +128,7 @@ assert swap.part_to([4.0, 2.0, 1.0], 0.5) == math.inf
 """
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="the comparison runs on JAX")
+@on_jax
 def test_swap_changes_nothing_but_the_wrapping(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_ISAAC_RESULTS", str(tmp_path / "results"))
     run_script(SWAP, tmp_path)
@@ -147,16 +149,14 @@ np.testing.assert_allclose(risen, STEP**2 * (400 + 75), rtol=0.25)
 """
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="the comparison runs on JAX")
+@on_jax
 def test_flatness_is_that_of_a_quadratic_loss(tmp_path):
     run_script(FLATNESS, tmp_path)
 
 
-def load_benchmark(name):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def run_script(code, folder):
@@ -172,16 +172,16 @@ def steps_of(optimizer, gradients):
     return keras.ops.convert_to_numpy(kernel)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="the comparison runs on JAX")
+@on_jax
 def test_muon_steps_as_keras_own_and_on_matrices_of_more_axes():
     gradients = np.random.default_rng(0).normal(size=(3, 6, 4))
-    muon = load_benchmark("baselines").Muon
+    muon = importlib.import_module("baselines").Muon
     expected = steps_of(keras.optimizers.Muon(0.1), gradients)
     assert np.allclose(steps_of(muon(0.1), gradients), expected, atol=1e-5)
     assert np.allclose(steps_of(muon(0.1), gradients.reshape(3, 3, 2, 4)).reshape(6, 4), expected, atol=1e-5)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="the comparison runs on JAX")
+@on_jax
 def test_soap_steps_as_the_paper_says():
     gradients = np.random.default_rng(0).normal(size=(8, 5, 5))
     kernel, momentum, second, factors, bases = np.linspace(-1, 1, 25).reshape(5, 5), 0.0, 0.0, [0.0, 0.0], None
@@ -199,7 +199,7 @@ def test_soap_steps_as_the_paper_says():
             orders = [np.argsort(-np.diag(q.T @ factor @ q)) for q, factor in zip(bases, factors, strict=True)]
             second = second[orders[0]][:, orders[1]]
             bases = [np.linalg.qr(f @ q[:, order])[0] for f, q, order in zip(factors, bases, orders, strict=True)]
-    soap = load_benchmark("baselines").SOAP(0.1, weight_decay=0.0, basis_every=3)
+    soap = importlib.import_module("baselines").SOAP(0.1, weight_decay=0.0, basis_every=3)
     assert np.allclose(steps_of(soap, gradients), kernel, atol=1e-4)
 
 
@@ -291,8 +291,7 @@ def test_lbfgs_lowers_the_error_with_more_evaluations(tmp_path):
 
 
 def test_trees_are_chosen_on_validation_data(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    trees = load_benchmark("trees")
+    trees = importlib.import_module("trees")
     monkeypatch.setattr(trees, "NUM_TREES", 20)
     x = np.random.default_rng(0).normal(size=(300, 3))
     y = np.sign(x[:, :1] - np.median(x[:, 0]))
@@ -315,13 +314,9 @@ def test_the_papers_experiments_are_kept_whole(tmp_path, monkeypatch):
     assert (tmp_path / "paper.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def overhead():
-    spec = importlib.util.spec_from_file_location("overhead", BENCHMARKS / "overhead.py")
-    module = sys.modules["overhead"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["overhead"]
+    return importlib.import_module("overhead")
 
 
 @pytest.mark.slow
