@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, conditioned_gradient, paper_isaac, to_numpy
+from harness import BACKEND, conditioned_gradient, normal, paper_isaac, to_numpy
 from models import assert_close, assert_differ, fit, weights
 from replicas import (
     BATCH_SIZE,
@@ -77,8 +77,7 @@ def jax_replicas_of_groups():
     """The gradient of a kernel of two groups over four replicas, at once and by parts; and what an uneven batch says."""
     import jax
 
-    random = np.random.default_rng(0)
-    rows, kernel, cotangent = (random.normal(size=shape).astype("float32") for shape in ((2, 24, 5), (2, 5, 3), (2, 24, 3)))
+    rows, kernel, cotangent = normal((2, 24, 5), (2, 5, 3), (2, 24, 3))
     conditioning = paper_isaac(damping=0.1, output_damping=1e-3, per_replica=True, max_rows=None).conditioning_of_step()
 
     def loss(kernel, rows, cotangent):

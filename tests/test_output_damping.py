@@ -5,7 +5,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import expected_gradient
-from harness import each_mode, paper_isaac, run
+from harness import each_mode, normal, paper_isaac, run
 from keras import layers
 from oracle import relative_error
 from readings import dense, einsum
@@ -58,9 +58,7 @@ def test_conditions_both_sides(case, compiled):
     layer, shape, read, rows_of = CASES[case]
     layer = layer()
     layer.build(shape)
-    random = np.random.default_rng(0)
-    inputs = random.normal(size=shape).astype("float32")
-    cotangent = random.normal(size=layer.compute_output_shape(shape)).astype("float32")
+    inputs, cotangent = normal(shape, layer.compute_output_shape(shape))
     plain = run(layer, inputs, cotangent, compiled=compiled)
     gradient = cotangent * (1 - plain.outputs**2) if layer.activation is keras.activations.tanh else cotangent
     optimizer = paper_isaac(damping=DAMPING, output_damping=OUTPUT_DAMPING)
@@ -79,8 +77,7 @@ def test_conditions_both_sides(case, compiled):
 @pytest.mark.parametrize("max_rows", [5, 11])
 def test_few_rows_condition_both_sides(max_rows, compiled):
     layer = layers.Dense(6)
-    random = np.random.default_rng(0)
-    inputs, cotangent = (random.normal(size=(4, 10, size)).astype("float32") for size in (8, 6))
+    inputs, cotangent = normal((4, 10, 8), (4, 10, 6))
     plain = run(layer, inputs, cotangent, compiled=compiled).gradients[0]
     optimizer = paper_isaac(damping=DAMPING, output_damping=OUTPUT_DAMPING, max_rows=max_rows)
     actual = run(capture_inputs(layer), inputs, cotangent, optimizer, compiled).gradients[0]
@@ -117,8 +114,7 @@ def test_error_output_damping_where_no_one_product_has_the_gradient(make, shape,
 
 
 def test_the_scale_of_the_loss_is_divided_out():
-    random = np.random.default_rng(0)
-    x, y = random.normal(size=(8, 5)).astype("float32"), random.normal(size=(8, 3)).astype("float32")
+    x, y = normal((8, 5), (8, 3))
     kernels = []
     for wrap in (lambda optimizer: optimizer, lambda optimizer: keras.optimizers.LossScaleOptimizer(optimizer, 2.0**8)):
         model = keras.Sequential([keras.Input((5,)), layers.Dense(4, "tanh"), layers.Dense(3)])

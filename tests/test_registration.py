@@ -4,9 +4,11 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import each_mode, paper_isaac, run
+from cases import assert_conditioned
+from harness import each_mode, normal, paper_isaac, plain_and_conditioned, run
 from models import fit, keras_hub
 from oracle import relative_error
+from readings import one_group
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status, register_adapter, register_layer
 from keras_isaac.layers import supported_kinds
@@ -40,13 +42,9 @@ def _registered():
 def test_a_registered_layer_is_conditioned_on_its_rows(compiled):
     layer = Toy()
     layer.build((5, 8))
-    random = np.random.default_rng(0)
-    inputs, cotangent = (random.normal(size=shape).astype("float32") for shape in ((5, 8), (5, 2, 3)))
-    plain = run(layer, inputs, cotangent, compiled=compiled)
-    conditioned = run(capture_inputs(layer), inputs, cotangent, paper_isaac(damping=0.5), compiled)
-    expected = oracle.condition(inputs.astype("float64") ** 2, plain.gradients[0].reshape(8, 6), 0.5)
-    assert relative_error(conditioned.outputs, plain.outputs) < 1e-6
-    assert relative_error(conditioned.gradients[0].reshape(8, 6), expected) < 2e-5
+    inputs, cotangent = normal((5, 8), (5, 2, 3))
+    reading = {id(layer.weight): (inputs[None].astype("float64") ** 2, one_group)}
+    assert_conditioned(layer, reading, *plain_and_conditioned(layer, inputs, cotangent, compiled), 0.3)
 
 
 class Scaled(keras.layers.Layer):
@@ -161,15 +159,13 @@ def test_groups_are_conditioned_on_the_rows_that_are_sent_to_them():
     for weight in layer.trainable_variables:
         weight.assign(random.normal(size=weight.shape))
     inputs, cotangent = (random.normal(size=shape).astype("float32") for shape in ((12, 5), (12, 2)))
-    plain = run(layer, inputs, cotangent)
-    conditioned = run(capture_inputs(layer), inputs, cotangent, paper_isaac(damping=0.3))
-    assert relative_error(conditioned.outputs, plain.outputs) < 1e-6
+    plain, conditioned = plain_and_conditioned(layer, inputs, cotangent)
     sent = inputs[:, :3].argmax(-1)
     first = keras.ops.convert_to_numpy(layer.first)
     for expert in range(3):
         rows = inputs[sent == expert]
         hidden = np.maximum(rows @ first[expert], 0)
-        for actual, theirs, each in zip(conditioned.gradients, plain.gradients, (rows, hidden), strict=True):
+        for actual, theirs, each in zip(conditioned, plain, (rows, hidden), strict=True):
             assert relative_error(actual[expert], oracle.condition(each, theirs[expert], 0.3)) < 2e-5
     assert [status.reason for status in kernel_status(layer)] == [None, None]
 

@@ -5,7 +5,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import OFTEN, assert_conditioned, data, each_case, relative_unit
-from harness import BACKEND, conditioned_gradient, paper_isaac, run
+from harness import BACKEND, conditioned_gradient, normal, paper_isaac, run
 from keras import layers, ops
 from oracle import relative_error
 
@@ -29,8 +29,7 @@ def test_each_layer_has_its_own_damping_and_keeps_its_own_norm(case):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e3, 1e8])
 def test_relative_damping_makes_the_scale_of_the_inputs_a_factor(shape, scale):
-    random = np.random.default_rng(0)
-    rows, gradient = (random.normal(size=(shape[0], size)).astype("float32") for size in shape[1:])
+    rows, gradient = normal(shape[:2], shape[::2])
 
     def conditioned(rows, **options):
         return conditioned_gradient(rows, gradient, 0.3, relative_damping=True, **options)
@@ -81,8 +80,7 @@ def test_the_norm_is_kept_where_rows_depend_on_each_other(kind, shape):
 @pytest.mark.parametrize("zeros", ["rows", "gradient", "both"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_vanishes_leaves_a_gradient_that_vanishes(shape, zeros):
-    random = np.random.default_rng(2)
-    rows, gradient = (random.normal(size=(shape[0], size)).astype("float32") for size in shape[1:])
+    rows, gradient = normal(shape[:2], shape[::2], seed=2)
     rows, gradient = rows * (zeros == "gradient"), gradient * (zeros == "rows")
     assert not conditioned_gradient(rows, gradient, 1.0, relative_damping=True, preserve_norm=True).any()
 
