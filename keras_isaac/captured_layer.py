@@ -24,13 +24,13 @@ def capture(layer: keras.Layer, model: Any = None) -> bool:
         if backend.untraced(type(layer).call) is not None:
             keras_hooks.wrap_call(layer, _traced_call)
         return False
-    keras_hooks.wrap_call(layer, _captured_call)
+    if not keras_hooks.wrap_call(layer, _captured_call):
+        return False
     if model is None:
         captured_alone.add(layer)
     else:
         _models.setdefault(layer, weakref.WeakSet()).add(model)
-    # Other code may have replaced its `call` before.
-    return keras_hooks.runs(layer, _captured_call)
+    return True
 
 
 def is_chosen(layer: keras.Layer) -> bool:
@@ -78,7 +78,7 @@ def _captured_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
     elif (
         kwargs.get("training") is not False and backend.is_tracing(args[0] if args else layer.variables[0]) and is_chosen(layer)
     ):
-        scope.note_plain_call()
+        scope.plain_calls.add("called")
     return keras_hooks.own_call(layer)(layer, *args, **kwargs)
 
 

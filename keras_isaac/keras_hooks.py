@@ -141,16 +141,12 @@ def models_of(optimizer: keras.optimizers.Optimizer) -> list[keras.Model]:
 # Layers.
 
 
-def wrap_call(layer: keras.Layer, function: Callable) -> None:
-    """Replaces the layer's `call` by `function(layer, *args, **kwargs)`, unless it is replaced already."""
+def wrap_call(layer: keras.Layer, function: Callable) -> bool:
+    """Replaces the layer's `call` by `function(layer, *args, **kwargs)`; returns `False` if another one replaces it already."""
     if "call" not in vars(layer):
         # Keras calls a quantized layer by the other name.
         layer.call = layer.quantized_call = types.MethodType(function, layer)
-
-
-def runs(layer: keras.Layer, function: Callable) -> bool:
-    """Returns whether `function` replaces the layer's `call`."""
-    return getattr(vars(layer).get("call"), "__func__", None) is function
+    return getattr(layer.call, "__func__", None) is function
 
 
 def unwrap_call(layer: keras.Layer) -> None:

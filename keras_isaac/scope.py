@@ -141,17 +141,5 @@ def is_recomputed_outside() -> bool:
     return bool(closed) and backend.scopes_of_recomputation() is None
 
 
-# Whether a captured layer was called outside of any scope. Set and cleared, not counted: `torch.compile` guards its value.
-_plain_calls: set[str] = set()
-
-
-def note_plain_call() -> None:
-    """Notes that a captured layer was called outside of any scope."""
-    _plain_calls.add("called")
-
-
-def take_plain_calls() -> bool:
-    """Returns whether a captured layer was called outside of any scope since the last call of this function."""
-    was_called = bool(_plain_calls)
-    _plain_calls.clear()
-    return was_called
+# Not empty if a captured layer was called outside of any scope. Set and cleared, not counted: `torch.compile` guards its value.
+plain_calls: set[str] = set()

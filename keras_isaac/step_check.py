@@ -48,7 +48,8 @@ class StepCheck:
         scope.closed.discard(self)
         if variables is None:
             variables = list(self.trained.values())
-        was_called = scope.take_plain_calls() and bool(variables) and backend.is_tracing(variables[0])
+        was_called = bool(scope.plain_calls and variables) and backend.is_tracing(variables[0])
+        scope.plain_calls.clear()
         model = None if self._model is None else self._model()
         was_missed = not self._has_now and (model is not None or was_called)
         self._has_now, self._model = False, None
