@@ -46,12 +46,12 @@ _STEP = "compute_loss_and_updates" if _IS_NNX else "train_step"
 
 
 def check_before_training(check: Callable[[keras.Model], None]) -> None:
-    """Calls `check(model)` before any model that has no owner makes its training step."""
+    """Calls `check(model)` before any model that has no owner makes a training step, as it does after each `compile`."""
     plain_make = keras.Model.make_train_function
 
     @functools.wraps(plain_make)
     def make_train_function(model: keras.Model, *args: Any, **kwargs: Any) -> Any:
-        if owner_of(model) is None:
+        if model.train_function is None and owner_of(model) is None:
             check(model)
         return plain_make(model, *args, **kwargs)
 
@@ -114,7 +114,7 @@ def wrap_step(model: keras.Model, owner: Any) -> None:
 
 
 def owner_of(model: keras.Layer) -> Any:
-    """Returns the `Owner` of the training step of this model, or `None`."""
+    """Returns the owner of the training step of this model, or `None`."""
     return getattr(vars(model).get("make_train_function"), "owner", None)
 
 

@@ -251,4 +251,8 @@ def test_a_check_runs_before_any_model_makes_its_step(how, kind, monkeypatch):
         model = model_class(model.inputs[0], model.outputs[0])
     model.compile(optimizer="sgd", loss="mse")
     train(model, how)
+    train(model, how)
     assert checked == [model]
+    model.compile(optimizer="sgd", loss="mse")
+    train(model, how)
+    assert checked == [model] * 2
