@@ -1,5 +1,8 @@
 """All code that patches Keras: training steps, calls, building, recomputation, masks, compiling and saving.
 
+One patch is of a class: `keras.Model.make_train_function` checks that no model trains with `ISAAC` that was not captured. All
+others are of instances, so that they keep their class.
+
 Each line states one assumption about Keras and names the test in `tests/test_hooks.py` that fails if a new Keras breaks it.
 
 - `fit` and `train_on_batch` run the `train_step` of the instance: `test_training_runs_the_train_step_of_the_instance`.

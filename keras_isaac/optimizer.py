@@ -109,19 +109,18 @@ class ISAAC(OptimizerWrapper):
         # Which layers of a copied model are to be captured: `True` for all, or their paths; `None` if that is not known.
         self.captured: bool | frozenset[str] | None = None
         self.step_check = StepCheck()
-        self._damping = damping if isinstance(damping, LearningRateSchedule) else self._damping_variable(float(damping))
-
-    def _damping_variable(self, damping: float) -> keras.Variable:
-        with keras.name_scope(self.name):
-            return keras.Variable(
-                damping,
-                dtype=keras.backend.floatx(),
-                trainable=False,
-                # Layers read it, and would round it to their compute dtype: 1e-8 is 0 in float16.
-                autocast=False,
-                aggregation="only_first_replica",
-                name="damping",
-            )
+        self._damping: Any = damping
+        if not isinstance(damping, LearningRateSchedule):
+            with keras.name_scope(self.name):
+                self._damping = keras.Variable(
+                    float(damping),
+                    dtype=keras.backend.floatx(),
+                    trainable=False,
+                    # Layers read it, and would round it to their compute dtype: 1e-8 is 0 in float16.
+                    autocast=False,
+                    aggregation="only_first_replica",
+                    name="damping",
+                )
 
     @property
     def damping(self) -> Any:
