@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -44,94 +45,10 @@ def test_evidence_resumes_and_is_reported(tmp_path, monkeypatch):
     assert math.isclose(float(cells[0]), best["loss"], rel_tol=1e-2)
 
 
-SWAP = """
-import io, json, math, sys
-from contextlib import redirect_stdout
-import keras, numpy as np
-import evidence, methods, report, swap, tasks
-
-def build(seed):
-    keras.utils.set_random_seed(seed)
-    return keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(1, name="logits")])
-
-x = 5 * np.random.default_rng(0).normal(size=(120, 6)).astype("float32")
-parts = [(x, np.sin(x[:, :1]))] * 3
-task = tasks.TASKS["diabetes"]._replace(build=build, data=lambda: parts, batch_size=12, steps=20)
-tasks.TASKS["cnn"] = task
-
-def call(main, *arguments):
-    sys.argv = ["main", "--tasks", "cnn", *arguments]
-    with redirect_stdout(io.StringIO()) as output:
-        main()
-    return output.getvalue()
-
-def load(folder):
-    return [json.loads(line) for line in (folder / "cnn.jsonl").read_text().splitlines()]
-
-call(evidence.main, "--methods", "AdamW;ScheduleFreeAdamW", "--settings", "2", "--seeds", "1")
-losses = evidence.searched(evidence.load("cnn"), "AdamW", 1)
-arguments = "--bases", "AdamW;ScheduleFreeAdamW;Lion", "--horizons", "1", "--seeds", "2"
-assert call(swap.main, *arguments, "--max-seconds", "0") == "out of time\\n"
-output = call(swap.main, *arguments)
-runs = load(swap.SWAPPED)
-assert [(run["base"], run["isaac"] is not None, run["seed"]) for run in runs] == [
-    (base, wrapped, seed) for base in ("AdamW", "ScheduleFreeAdamW") for seed in (0, 1) for wrapped in (False, True)
-]
-assert "no search of Lion" in output
-# The plain run is the search's best one, and the wrapped one trains otherwise, at the same setting.
-(best,) = [run for run in evidence.load("cnn") if evidence.setting_of(run) == min(losses, key=losses.get)]
-assert all(runs[0][key] == best[key] for key in ("rate", "second", "seed", "horizon", "validation", "loss"))
-assert all(runs[1][key] == best[key] for key in ("rate", "second", "seed", "horizon"))
-assert runs[1]["loss"] != runs[0]["loss"]
-assert runs[1]["isaac"] == swap.isaac_config({})
-(row,) = [line for line in output.splitlines() if line.startswith("| cnn")][:1]
-plain, wrapped = (np.mean([run["loss"] for run in runs[start:4:2]]) for start in (0, 1))
-assert f"{plain:.3g} ± " in row and f"{wrapped:.3g} ± " in row and f"{100 * (wrapped / plain - 1):+.1f} %" in row, row
-
-# It resumes; other arguments of ISAAC are other runs, and with a huge damping they are the plain ones.
-assert call(swap.main, *arguments).count("(") == 0
-call(swap.main, *arguments, "--isaac", "damping=1e8,max_rows=64", "--results", "other")
-others = load(swap.Path("other"))
-assert len(others) == 4 and len(load(swap.SWAPPED)) == 8
-assert all(run["isaac"]["damping"] == 1e8 and run["isaac"]["max_rows"] == 64 for run in others)
-for plain, wrapped in zip(runs[::2], others, strict=True):
-    np.testing.assert_allclose(wrapped["validation"], plain["validation"], rtol=2e-3)
-
-# At the defaults, each optimizer has its own.
-call(swap.main, "--bases", "Keras Muon", "--defaults", "--seeds", "1")
-muon, default = load(swap.SWAPPED)[-1], keras.optimizers.Muon()
-np.testing.assert_allclose((muon["rate"], muon["second"]), (float(default.learning_rate), default.weight_decay))
-
-call(swap.main, "--bases", "AdamW", "--time")
-page = swap.Path("page.md")
-page.write_text(f"before\\n{report.FIRST}old\\n{report.LAST}after\\n")
-with redirect_stdout(io.StringIO()) as output:
-    sys.argv = ["report.py", "--page", "page.md"]
-    report.main()
-assert page.read_text().startswith("before") and page.read_text().endswith("after\\n") and "old" not in page.read_text()
-assert "| AdamW | best | 1 | 1 |" in page.read_text()
-text = output.getvalue()
-assert "| AdamW | best | 1 | 1 |" in text and "| Keras Muon | defaults | 1 | 1 |" in text, text
-assert "Time of a step" in text and "| ISAAC + AdamW |" in text, text
-assert max(line.count("|") for line in text.splitlines()) <= 9, text
-assert open("curves.png", "rb").read().startswith(b"\\x89PNG")
-
-# Level is what lies within the standard error of the paired difference; a run that diverged is a loss.
-assert swap.verdict([1.0, 2.0, 3.0], [0.9, 1.9, 2.9]) == "lower"
-assert swap.verdict([1.0, 2.0, 3.0], [1.1, 1.9, 3.0]) == "level"
-assert swap.verdict([1.0, 2.0, 3.0], [1.2, 2.1, 3.2]) == "higher"
-assert swap.verdict([1.0, 2.0], [0.5, math.inf]) == "higher"
-assert swap.verdict([math.inf, 2.0], [0.5, 2.0]) == "lower"
-assert swap.part_to([4.0, 2.0, 1.0], 2.0) == 0.2
-assert swap.part_to([4.0, 2.0, 1.0], math.sqrt(2)) == 0.25
-assert swap.part_to([4.0, 2.0, 1.0], 0.5) == math.inf
-"""
-
-
 @on_jax
 def test_swap_changes_nothing_but_the_wrapping(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_ISAAC_RESULTS", str(tmp_path / "results"))
-    run_script(SWAP, tmp_path)
+    run_program(tmp_path, Path(__file__).parent / "swap_program.py")
 
 
 FLATNESS = """
@@ -151,7 +68,7 @@ np.testing.assert_allclose(risen, STEP**2 * (400 + 75), rtol=0.25)
 
 @on_jax
 def test_flatness_is_that_of_a_quadratic_loss(tmp_path):
-    run_script(FLATNESS, tmp_path)
+    run_program(tmp_path, "-c", FLATNESS)
 
 
 @pytest.fixture(autouse=True)
@@ -159,9 +76,10 @@ def _benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def run_script(code, folder):
+def run_program(folder, *arguments):
+    """Runs Python on JAX in a folder, with the benchmarks on its path."""
     path = os.pathsep.join([str(BENCHMARKS), *sys.path])
-    run_python("-c", code, cwd=folder, PYTHONPATH=path, KERAS_BACKEND="jax")
+    run_python(*arguments, cwd=folder, PYTHONPATH=path, KERAS_BACKEND="jax")
 
 
 def steps_of(optimizer, gradients):
@@ -225,7 +143,7 @@ assert run["loss"] < expected / 2, run
 
 @pytest.mark.skipif(importlib.util.find_spec("curvlinops") is None, reason="K-FAC is of curvlinops, which is not installed")
 def test_kfac_starts_from_the_tasks_model_and_learns(tmp_path):
-    run_script(KFAC, tmp_path)
+    run_program(tmp_path, "-c", KFAC)
 
 
 PHYSICS = """
@@ -254,7 +172,7 @@ for name, call in (("poisson", poisson), ("burgers", burgers)):
 
 @slow_but_on_torch
 def test_the_equations_are_those_that_their_solutions_solve(tmp_path):
-    run_script(PHYSICS, tmp_path)
+    run_program(tmp_path, "-c", PHYSICS)
 
 
 LORENZ = """
@@ -277,7 +195,7 @@ assert 0.5 < TASKS["lorenz"].held_out(lambda x: 0 * x, *test) < 3
 
 @slow_but_on_torch
 def test_the_forecast_repeats_the_step(tmp_path):
-    run_script(LORENZ, tmp_path)
+    run_program(tmp_path, "-c", LORENZ)
 
 
 @slow_but_on_torch
