@@ -28,6 +28,13 @@ def chosen(model, layers=None):
     return [choice_of(model)(layer) for layer in layers or model.layers]
 
 
+def train(model):
+    """One epoch under `ISAAC`."""
+    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
+    fit(model, regression())
+    return model
+
+
 def test_returns_its_target_which_keeps_class_and_weights():
     model = mlp()
     before, paths = weights(model), [w.path for w in model.weights]
@@ -55,8 +62,7 @@ def test_the_last_call_on_a_model_holds():
     capture_inputs(inner)
     capture_inputs(layers[-1])
     release_inputs(shared)
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
-    fit(model, regression())
+    train(model)
     assert chosen(model, layers) == [False, True, False]
 
 
@@ -64,8 +70,7 @@ def test_the_last_rules_hold_for_layers_that_are_built_later():
     model = capture_inputs(
         capture_inputs(keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(3, name="head")])), ".*head"
     )
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
-    fit(model, regression())
+    train(model)
     assert chosen(model) == [False, True]
 
 
@@ -85,8 +90,7 @@ def test_a_released_model_trains_as_before():
 
 
 def test_releasing_holds_from_the_next_step():
-    model = captured(paper_isaac(damping=0.1))
-    fit(model, regression())
+    model = train(capture_inputs(mlp()))
     release_inputs(model)
     with pytest.raises(ValueError, match=r"Write `model = capture_inputs\(model\)`"):
         fit(model, regression())
@@ -160,8 +164,7 @@ def test_a_model_is_captured_as_keras_builds_it(built, rule):
     if built == "called":
         model(np.ones((2, 6), "float32"))
     capture_inputs(model, include=rule)
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
-    fit(model, regression())
+    train(model)
     assert chosen(model, model.body.layers) == [rule is None, True]
 
 
@@ -257,9 +260,8 @@ def test_error_of_a_model_of_which_a_layer_is_captured_alone(captured):
     inner = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4)])
     capture_inputs(inner if captured == "inner model" else inner.layers[0])
     model = keras.Sequential([keras.Input((6,)), inner, keras.layers.Dense(3)])
-    model.compile(optimizer=paper_isaac(), loss="mse")
     with pytest.raises(ValueError, match=r"Write `model = capture_inputs\(model\)`"):
-        fit(model, regression())
+        train(model)
 
 
 def nested():
@@ -324,12 +326,10 @@ def test_subclassed_model_with_later_built_layers():
 def test_sequential_grows_after_capturing():
     model = capture_inputs(keras.Sequential([keras.layers.Dense(4, activation="tanh")]))
     model.add(keras.layers.Dense(3))
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
-    fit(model, regression())
+    train(model)
     assert chosen(model) == [True, True]
     model.add(keras.layers.Dense(3))
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
-    fit(model, regression())
+    train(model)
     assert chosen(model) == [True, True, True]
 
 
@@ -344,8 +344,7 @@ def test_class_decorator(options):
     model = Decorated(units=4, name="branches")
     assert type(model) is Decorated
     assert model.get_config() == plain_config
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
-    fit(model, regression())
+    train(model)
     assert chosen(model, [model.blocks[0], model.heads["main"]]) == [True, options is None]
     assert not is_chosen(Branches().blocks[0])
 
@@ -364,8 +363,7 @@ def test_class_decorator_of_a_functional_subclass_and_a_custom_train_step():
             return super().train_step(*args, **kwargs)
 
     model = Custom()
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
-    fit(model, regression())
+    train(model)
     assert steps
 
 
@@ -410,9 +408,8 @@ def test_error_rules_that_match_nothing():
 
 def test_error_rules_that_match_nothing_in_a_model_built_later():
     model = capture_inputs(Branches(), include="nowhere")
-    model.compile(optimizer=paper_isaac(), loss="mse")
     with pytest.raises(ValueError, match="`include` matches no layer of Branches"):
-        fit(model, regression())
+        train(model)
 
 
 def test_error_layers_that_cannot_be_conditioned_when_named():
@@ -461,8 +458,7 @@ def test_frozen_layers_train_as_frozen():
     assert_differ(after, before[2:])
     model = mlp()
     freeze(model)
-    model.compile(optimizer=paper_isaac(damping=0.1), loss="mse")
-    fit(model, regression())
+    train(model)
     assert_close([to_numpy(w) for w in model.layers[0].weights], before[:2])
 
 
@@ -510,9 +506,8 @@ def test_another_choice_for_a_copy():
 
 def test_error_of_a_copy_that_is_plain():
     model = keras.models.clone_model(capture_inputs(mlp()))
-    model.compile(optimizer=paper_isaac(), loss="mse")
     with pytest.raises(ValueError, match=r"Write `model = capture_inputs\(model\)`"):
-        fit(model, regression())
+        train(model)
 
 
 def test_error_of_a_model_in_which_nothing_can_be_conditioned_names_the_reasons():
