@@ -143,6 +143,24 @@ def test_reduce_takes_the_mean_of_each_samples_positions(kind, max_rows, compile
     assert relative_error(conditioned, oracle.condition(rows, plain, 0.3)) < 2e-5
 
 
+@each_mode
+@pytest.mark.parametrize("samples", [2, 3])
+@pytest.mark.parametrize("kind", ["reduced", "masked"])
+def test_groups_of_a_sequence_whether_reduced_or_masked(kind, samples, compiled):
+    """As many samples as groups, too: no axis of samples stands for that of the groups."""
+    layer, inputs, cotangent = layer_and_data(layers.EinsumDense("abcd,ecd->aceb", (2, 3, 4)), samples, 4, 2, 5)
+    options, rows = {"weight_sharing": "reduce"}, inputs.mean(axis=1)
+    if kind == "masked":
+        inputs[0, 1:] = 0
+        options, rows = {}, np.concatenate([inputs[0, :1], *inputs[1:]])
+        layer = keras.Sequential([keras.Input(inputs.shape[1:]), layers.Masking(), layer])
+    plain, conditioned = kernel_gradients(layer, inputs, cotangent, compiled, **options)
+    for group in range(2):
+        # The kernel is [out, groups, in].
+        expected = oracle.condition(rows[:, group].astype("float64"), plain[:, group].T, 0.3).T
+        assert relative_error(conditioned[:, group], expected) < 2e-5
+
+
 @pytest.mark.often("*-7-compiled")
 @each_mode
 @pytest.mark.parametrize("max_rows", [1, 7, 30, 64, 1000])

@@ -42,8 +42,12 @@ def product(inputs: Any, kernel: Any, conditioning: Conditioning, mask: Any = No
         inputs = cast(ops.convert_to_tensor(inputs), kernel.dtype)
     is_shared = len(inputs.shape) > num_groups + 2
     if mask is not None or (is_shared and conditioning.weight_sharing == "reduce"):
-        rows = sampled_rows(inputs, conditioning, mask, num_groups)
-        return ops.matmul(inputs, conditioned(kernel, conditioning, rows))
+        kernel = conditioned(kernel, conditioning, sampled_rows(inputs, conditioning, mask, num_groups))
+        if num_groups:
+            # [groups, in, out] -> [groups, *(1 for each axis of positions), in, out]
+            ones = [1] * (len(inputs.shape) - len(kernel.shape))
+            kernel = ops.reshape(kernel, (*kernel.shape[:num_groups], *ones, *kernel.shape[num_groups:]))
+        return ops.matmul(inputs, kernel)
     if conditioning.per_replica and layout.num_replicas() > 1:
         return _product_by_replica(inputs, kernel, conditioning, num_groups)
     if not is_shared:
