@@ -177,6 +177,13 @@ def test_the_inputs_are_arrays(inputs):
         keras_isaac.summary(mlp(), inputs=inputs)
 
 
+def test_inputs_that_do_not_fit_are_keras_own_error():
+    with pytest.raises(ValueError, match="expected axis -1 of input shape to have value 6") as error:
+        keras_isaac.summary(mlp(), inputs=np.ones((2, 5), "float32"))
+    # Without Keras' advice on how to write the layer that the package traces.
+    assert "compute_output_s" not in str(error.value)
+
+
 def test_an_integer_of_numpy_is_a_batch_size(capsys):
     assert keras_isaac.summary(mlp(), np.int64(5))[0].rows == 5
     assert "batch size 5" in capsys.readouterr().out
