@@ -9,9 +9,9 @@ And JAX reuses the trace of a function, but only in the scopes in which the trac
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
     from keras_isaac.curvature.record import KernelCall
 
-_open_scopes: contextvars.ContextVar[tuple] = contextvars.ContextVar("keras_isaac_conditioning", default=())
+
+class _Open(threading.local):
+    scopes: tuple["Conditioning", ...] = ()
+
+
+_open = _Open()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,18 +93,18 @@ class Conditioning:
 @contextlib.contextmanager
 def open_scope(conditioning: Conditioning) -> Iterator[None]:
     """Opens the scope for `conditioning`. The innermost scope takes precedence."""
-    scopes = (conditioning, *_open_scopes.get())
-    token = _open_scopes.set(scopes)
+    before = _open.scopes
+    _open.scopes = (conditioning, *before)
     try:
-        with backend.in_scopes(scopes):
+        with backend.in_scopes(_open.scopes):
             yield
     finally:
-        _open_scopes.reset(token)
+        _open.scopes = before
 
 
 def _scopes() -> tuple[Conditioning, ...]:
     """Returns the open scopes; in the recomputation of a forward pass, those of the forward pass."""
-    return _open_scopes.get() or backend.scopes_of_recomputation() or ()
+    return _open.scopes or backend.scopes_of_recomputation() or ()
 
 
 def bind_scope(function: Callable) -> Callable:
@@ -108,24 +113,24 @@ def bind_scope(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        token = _open_scopes.set(scopes)
+        before, _open.scopes = _open.scopes, scopes
         try:
             with backend.in_scopes(scopes):
                 return function(*args, **kwargs)
         finally:
-            _open_scopes.reset(token)
+            _open.scopes = before
 
     return run
 
 
 def is_open() -> bool:
     """Returns whether any scope is open."""
-    return bool(_open_scopes.get() or _scopes())
+    return bool(_open.scopes or _scopes())
 
 
 def conditioning_of(kernel: Any) -> Conditioning | None:
     """Returns the innermost open `Conditioning` that trains `kernel`, or `None`."""
-    for conditioning in _open_scopes.get() or _scopes():
+    for conditioning in _open.scopes or _scopes():
         if conditioning.trains(kernel):
             return conditioning
     return None

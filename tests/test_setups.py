@@ -308,6 +308,30 @@ def test_torch_compile_conditions_every_kind_of_product_as_eager_does():
             assert_differ([conditioned], [plain], 1e-3)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="torch.compile")
+@pytest.mark.filterwarnings("ignore")
+def test_torch_compile_breaks_the_graph_where_keras_does_and_nowhere_else():
+    import torch
+
+    def breaks(optimizer, capture):
+        hidden = inputs = keras.Input((10, 4))
+        for layer in (layers.Conv1D(6, 3), layers.Dense(7), layers.Flatten(), layers.Dense(3)):
+            hidden = layer(hidden)
+        model = capture(with_random_weights(keras.Model(inputs, hidden)))
+        model.compile(optimizer=optimizer, loss="mse", jit_compile=False)
+        data = tuple(map(keras.ops.convert_to_tensor, (np.ones((16, 10, 4), "float32"), regression(16)[1])))
+        # Builds the loss and the optimizer.
+        model.train_step(data)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.compile(model.train_step, backend="eager")(data)
+        return set(torch._dynamo.utils.counters["graph_break"])
+
+    plain = breaks(SGD(0.1), lambda model: model)
+    # 128 rows of the dense layer make 20 sums, after padding.
+    assert breaks(ISAAC(inner_optimizer=SGD(0.1), max_rows=20), capture_inputs) == plain
+
+
 # Training set-ups.
 
 

@@ -17,7 +17,7 @@ matrices. If M overflows, the first is zero. If M is NaN, so is the projection, 
 
 Tensors:
 
-- `constant(array)`: a tensor of a NumPy array.
+- `constant(function, *arguments)`: a tensor of the NumPy array `function(*arguments)`, which is computed once.
 - `clip(tensor, minimum, maximum)`: the tensor, its values held between two numbers, which are not copied to the device.
 - `segment_sum(values, segments, num_segments)`: the sums of the values of each segment.
 

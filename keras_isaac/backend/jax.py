@@ -21,11 +21,15 @@ IS_STATELESS = True
 # Stands in for a damping and a matrix that are both zero in float32.
 _TINY = 1e-37
 
-constant = jnp.asarray
 clip = jnp.clip
 compiled = jax.jit
 transpose = operator.attrgetter("mT")
 segment_sum = jax.ops.segment_sum
+
+
+def constant(function: Callable, *arguments: Any) -> jax.Array:
+    """Returns a tensor of the NumPy array `function(*arguments)`."""
+    return jnp.asarray(function(*arguments))
 
 
 def is_tracing(tensor: Any) -> bool:

@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 IS_STATELESS = False
 _TINY = 1e-37  # Stands in for a damping and a matrix that are both zero in float32.
 
-constant = tf.convert_to_tensor
 segment_sum = tf.math.unsorted_segment_sum
 compiled = functools.partial(tf.function, autograph=False)
 transpose = tf.linalg.matrix_transpose
+
+
+def constant(function: Callable, *arguments: Any) -> tf.Tensor:
+    """Returns a tensor of the NumPy array `function(*arguments)`."""
+    return tf.convert_to_tensor(function(*arguments))
 
 
 def is_tracing(tensor: Any) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,8 +11,6 @@ import torch
 from keras_isaac.backend.precision import parts_of, product_of_parts
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from keras_isaac.curvature.operations import ProductFunctions
 
 IS_STATELESS = False
@@ -27,22 +24,24 @@ _last: tuple[torch.Tensor, torch.Tensor | None] = torch.empty(0, 0), None
 
 # Keras would copy each number to the device, and wait for it.
 clip = torch.clamp
-transpose = operator.attrgetter("mT")
+# Of real matrices.
+transpose = torch.adjoint
 
 
 @functools.lru_cache(maxsize=256)
-def _on_device(data: bytes, shape: tuple[int, ...], dtype: str, device: torch.device) -> torch.Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.frombuffer(data, dtype).reshape(shape).copy()).to(device)
+def _on_device(function: Callable, arguments: tuple[Any, ...], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(function(*arguments)).to(device)
 
 
-def constant(array: "np.ndarray") -> torch.Tensor:
-    """Returns a tensor of a NumPy array on Keras' device, where it is copied once."""
+def constant(function: Callable, *arguments: Any) -> torch.Tensor:
+    """Returns a tensor of the NumPy array `function(*arguments)`, computed and copied to Keras' device once."""
     import keras
 
     device = keras.ops.zeros(()).device
-    return _on_device(array.tobytes(), array.shape, array.dtype.str, device)
+    if torch.compiler.is_compiling():
+        # `torch.compile` traces NumPy, and no cache.
+        return torch.from_numpy(function(*arguments)).to(device)
+    return _on_device(function, arguments, device)
 
 
 def segment_sum(values: torch.Tensor, segments: torch.Tensor, num_segments: int) -> torch.Tensor:
@@ -50,9 +49,14 @@ def segment_sum(values: torch.Tensor, segments: torch.Tensor, num_segments: int)
     return torch.zeros(num_segments, dtype=values.dtype, device=values.device).index_add(0, segments, values)
 
 
+@torch.compiler.assume_constant_result
+def _precision() -> str:
+    return torch.get_float32_matmul_precision()
+
+
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Returns `a @ b` in full precision, whatever `torch.set_float32_matmul_precision` says."""
-    if a.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+    if a.dtype != torch.float32 or _precision() == "highest":
         return a @ b
     return product_of_parts(parts_of(a, _truncate), parts_of(b, _truncate), torch.matmul, torch.cat)
 
@@ -184,7 +188,14 @@ def _with_fast_path(function: type[_Function]) -> Callable[..., Any]:
 
         setup_context = torch.autograd.Function.setup_context
 
+    class Compiled(torch.autograd.Function):
+        # `torch.compile` traces no function that has a `jvp`.
+        forward = FastPath.forward
+        backward = function.backward
+
     def apply(compute: Callable, rule: Any, *tensors: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return Compiled.apply(compute, rule, *tensors)
         try:
             return FastPath.apply(compute, rule, *tensors)
         except RuntimeError as error:

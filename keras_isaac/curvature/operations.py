@@ -103,7 +103,7 @@ def conditioned_matmul(inputs: Any, kernel: Any, conditioning: Conditioning, row
     condition = functools.partial(conditioner.condition_product, form=form, is_relative=is_relative, dtype=dtype)
 
     def gate(kernel: Any, inputs: Any, damping: Any) -> Any:
-        return _gated(kernel, rows._replace(values=inputs), None, conditioning)
+        return _gated(kernel, rows.of(inputs), None, conditioning)
 
     return backend.product(inputs, kernel, (conditioning.damping,), ProductFunctions(tangent, condition, gate))
 
@@ -141,7 +141,7 @@ def _matmul_with_outputs(inputs: Any, kernel: Any, rows: Rows, form: str | None,
             conditioned = conditioner.with_norm_of(plain, conditioned)
         # The gradient that reaches the kernel through the input gradient is conditioned too.
         inputs_only = dataclasses.replace(conditioning, damping=damping, output_damping=None)
-        gated = _gated(kernel, rows._replace(values=values), None, inputs_only)
+        gated = _gated(kernel, rows.of(values), None, inputs_only)
         inputs_gradient = output_gradient @ backend.transpose(gated)
         return inputs_gradient, conditioner.cast(conditioned, kernel.dtype), None, None, None
 

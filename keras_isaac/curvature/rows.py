@@ -3,7 +3,6 @@
 Inputs are `[*groups, samples, *positions, features]`; rows are `[*groups, rows, features]`.
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -37,6 +36,11 @@ class Rows(NamedTuple):
     num_valid: Any
     num_total: int | None = None
     is_shared: bool = False
+
+    def of(self, values: Any) -> "Rows":
+        """Returns other values with the same counts."""
+        # `torch.compile` breaks its graph after a `_replace`, which changes a dictionary.
+        return Rows(values, *self[1:])
 
 
 def sampled_rows(inputs: Any, conditioning: Conditioning, mask: Any = None, num_groups: int = 0, summed: bool = False) -> Rows:
@@ -118,7 +122,7 @@ def condensed(rows: Rows, shape: tuple[int, ...], conditioning: Conditioning) ->
     num_sums = plan.num_kept(rows.num_total, shape[-2], shape[-1], conditioning.max_rows)
     if num_sums >= (num_read(conditioning) if num_rows is None else num_rows):
         return rows
-    return rows._replace(values=_signed_sums(rows.values, num_sums, num_read(conditioning)))
+    return rows.of(_signed_sums(rows.values, num_sums, num_read(conditioning)))
 
 
 def _signed_sums(values: Any, num_sums: int, max_rows: int) -> Any:
@@ -132,10 +136,11 @@ def _signed_sums(values: Any, num_sums: int, max_rows: int) -> Any:
     num_terms = 2 ** (num_terms - 1).bit_length()
     padding = num_terms * num_sums - num_rows
     if not isinstance(padding, int) or padding:
-        values = ops.pad(values, [*[(0, 0) for _ in groups], (0, padding), (0, 0)])
+        # `torch.compile` breaks its graph after `ops.pad`.
+        values = ops.concatenate([values, ops.zeros((*groups, padding, num_features), values.dtype)], axis=-2)
     # [..., rows, in] -> [..., terms, sums, in]
     values = ops.reshape(values, (*groups, num_terms, num_sums, num_features))
-    values = values * ops.cast(backend.constant(_signs(num_terms, num_sums)), values.dtype)
+    values = values * ops.cast(backend.constant(_signs, num_terms, num_sums), values.dtype)
     # Adds halves, which is a single pass on XLA. Its reduction over a leading axis takes ten times as long on a CPU.
     while num_terms > 1:
         num_terms //= 2
@@ -143,10 +148,12 @@ def _signed_sums(values: Any, num_sums: int, max_rows: int) -> Any:
     return values[..., 0, :, :]
 
 
-@functools.lru_cache(maxsize=128)
+# The same in every step and on every backend. Of at most `NUM_READ` rows, padded to a power of two of terms for each sum.
+_SIGNS = np.random.default_rng(0).choice(np.array([-1, 1], "float32"), 2 * plan.NUM_READ)
+
+
 def _signs(num_terms: int, num_sums: int) -> np.ndarray:
-    # The same in every step and on every backend.
-    return np.random.default_rng(0).choice(np.array([-1, 1], "float32"), (num_terms, num_sums, 1))
+    return np.reshape(_SIGNS[: num_terms * num_sums], (num_terms, num_sums, 1))
 
 
 def subsample(rows: Any, max_rows: int | None, axis: int = -2) -> Any:
@@ -154,12 +161,9 @@ def subsample(rows: Any, max_rows: int | None, axis: int = -2) -> Any:
     num_rows = ops.shape(rows)[axis]
     if max_rows is None or (isinstance(num_rows, int) and num_rows <= max_rows):
         return rows
-    return ops.take(rows, as_index(subsample_indices(num_rows, max_rows)), axis=axis)
-
-
-def as_index(index: Any) -> Any:
-    """Returns indices as a tensor. On PyTorch, NumPy indices are copied to the device once."""
-    return backend.constant(index) if isinstance(index, np.ndarray) else index
+    if isinstance(num_rows, int):
+        return ops.take(rows, backend.constant(subsample_indices, num_rows, max_rows), axis=axis)
+    return ops.take(rows, subsample_indices(num_rows, max_rows), axis=axis)
 
 
 def subsample_indices(num_rows: Any, max_rows: Any) -> Any:

@@ -102,8 +102,8 @@ def conditioned_on_patches(
         # LoRA's first factor multiplies the patches of all groups, and its second has columns for each.
         groups_of_first = 1
         num_sampled, num_valid, num_total = (None if number is None else number * groups for number in rows[1:4])
-        rows = rows._replace(num_sampled=num_sampled, num_valid=num_valid, num_total=num_total)
-    rows = rows._replace(values=ops.reshape(values, (-1, num_in) if groups_of_first == 1 else (groups, -1, num_in)))
+        rows = Rows(rows.values, num_sampled, num_valid, num_total, True)
+    rows = rows.of(ops.reshape(values, (-1, num_in) if groups_of_first == 1 else (groups, -1, num_in)))
     matrices = [_matrix_of(first, num_in, groups_of_first), *(_matrix_of(each, each.shape[0], groups) for each in others)]
     matrix, *matrices = conditioned_matrices(kernels, matrices, conditioning_of, rows)
     values = [_kernel_of(matrix, first.shape, groups_of_first)]

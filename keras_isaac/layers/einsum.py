@@ -122,8 +122,9 @@ class Equation:
 def _merged(tensor: Any, labels: str, *parts: str) -> Any:
     """Returns a tensor with an axis for each part of its labels, the axes of a part merged in their order."""
     tensor = ops.transpose(tensor, [labels.index(x) for x in "".join(parts)])
-    sizes = iter(ops.shape(tensor))
-    return ops.reshape(tensor, [math.prod(itertools.islice(sizes, len(part))) for part in parts])
+    sizes = ops.shape(tensor)
+    ends = list(itertools.accumulate(map(len, parts)))
+    return ops.reshape(tensor, [math.prod(sizes[end - len(part) : end]) for end, part in zip(ends, parts, strict=True)])
 
 
 def _split(tensor: Any, parts: Iterable[str], sizes: dict[str, Any], wanted: str) -> Any:
@@ -132,5 +133,7 @@ def _split(tensor: Any, parts: Iterable[str], sizes: dict[str, Any], wanted: str
     return ops.transpose(ops.reshape(tensor, [sizes[x] for x in labels]), [labels.index(x) for x in wanted])
 
 
-# Cached, since eager PyTorch reads a layer's equation in every step.
-_equation = functools.lru_cache(maxsize=256)(Equation)
+# Eager PyTorch reads a layer's equation in every step.
+@functools.lru_cache(maxsize=256)
+def _equation(equation: str, num_axes: int | None = None) -> Equation:
+    return Equation(equation) if num_axes is None else Equation(equation, num_axes)

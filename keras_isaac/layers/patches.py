@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from keras import ops
 
-from keras_isaac.curvature.rows import Rows, as_index, expected_total, num_read, sampled_rows, subsample, subsample_indices
+from keras_isaac import backend
+from keras_isaac.curvature.rows import Rows, expected_total, num_read, sampled_rows, subsample, subsample_indices
 from keras_isaac.scope import Conditioning
 
 # Of a convolution: lengths, paddings before, strides, numbers of positions, each a spatial axis, the offsets of the kernel's
@@ -108,9 +109,9 @@ def patch_rows(images: Any, conditioning: Conditioning, mask: Any, window: Windo
     values = ops.reshape(rows.values, (ops.shape(rows.values)[0], num_in))
     if is_reduced:
         means = sampled_rows(ops.reshape(values, (samples, steps, num_in)), conditioning, mask)
-        return means._replace(num_total=rows.num_total)
+        return Rows(*means[:3], rows.num_total, True)
     if mask is None:
-        return rows._replace(values=values)
+        return rows.of(values)
     # The patches of images whose one channel is the mask. A patch reads at least one position of the image.
     mask = ops.reshape(ops.cast(mask, "float32"), (samples * steps, *[1] * len(image)))
     num_images_valid = ops.sum(mask)
@@ -125,12 +126,15 @@ def patch_rows(images: Any, conditioning: Conditioning, mask: Any, window: Windo
 def _some_patches(inputs: Any, grid: _Grid, max_rows: int) -> Any:
     """Returns the patches of a coarse grid of positions, of some samples."""
     num_samples, num_channels = ops.shape(inputs)[0], inputs.shape[-1]
-    is_static = all(isinstance(size, int) for size in (num_samples, *grid[0]))
-    index, is_inside = (_static_places if is_static else _places)(num_samples, grid, max_rows, numbers=np if is_static else ops)
+    if all(isinstance(size, int) for size in (num_samples, *grid[0])):
+        index = backend.constant(_static_index, num_samples, grid, max_rows)
+        is_inside = backend.constant(_static_is_inside, num_samples, grid, max_rows) if grid[-1] else None
+    else:
+        index, is_inside = _places(num_samples, grid, max_rows, ops)
     pixels = ops.reshape(inputs, (num_samples * math.prod(grid[0]), num_channels))
     # Of no pixels, JAX would take no positions either.
-    rows = ops.reshape(ops.take(pixels, as_index(index), axis=0), (*ops.shape(index), num_channels))
-    return rows if is_inside is None else ops.where(as_index(is_inside)[..., None], rows, ops.zeros((), rows.dtype))
+    rows = ops.reshape(ops.take(pixels, index, axis=0), (*ops.shape(index), num_channels))
+    return rows if is_inside is None else ops.where(is_inside[..., None], rows, ops.zeros((), rows.dtype))
 
 
 def _places(num_samples: Any, grid: _Grid, max_rows: int, numbers: Any) -> tuple[Any, Any]:
@@ -173,5 +177,9 @@ def _places(num_samples: Any, grid: _Grid, max_rows: int, numbers: Any) -> tuple
     return numbers.where(is_inside, index, 0), is_inside
 
 
-# Cached, since eager PyTorch would compute them in every step.
-_static_places = functools.lru_cache(maxsize=128)(_places)
+def _static_index(num_samples: int, grid: _Grid, max_rows: int) -> np.ndarray:
+    return _places(num_samples, grid, max_rows, np)[0]
+
+
+def _static_is_inside(num_samples: int, grid: _Grid, max_rows: int) -> np.ndarray:
+    return _places(num_samples, grid, max_rows, np)[1]

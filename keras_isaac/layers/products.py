@@ -86,10 +86,8 @@ def _product_by_replica(inputs: Any, kernel: Any, conditioning: Conditioning, nu
 
 
 def is_sparse(inputs: Any) -> bool:
-    """Returns whether inputs are a sparse tensor: of a backend, where it has `indices`, or of a functional model."""
-    indices = getattr(inputs, "indices", None)
-    # A dense tensor of PyTorch has a method of this name.
-    return getattr(inputs, "sparse", False) is True or (indices is not None and not callable(indices))
+    """Returns whether inputs are a sparse tensor: of a functional model, of TensorFlow or of JAX."""
+    return getattr(inputs, "sparse", False) is True or hasattr(inputs, "dense_shape") or hasattr(inputs, "nse")
 
 
 def note_sparse(layer: keras.Layer, conditionings: Iterable[Conditioning | None]) -> None:
