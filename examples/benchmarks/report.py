@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 import io
+import math
 import statistics
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from swap import (
     mean_and_error,
     mean_curve,
     pair,
+    part_to,
     print_swap,
     setting_for,
     show,
@@ -79,8 +81,35 @@ def print_swaps(tasks, title):
         print("".join(printed))
 
 
-def print_costs(tasks, quantity, title):
-    """Prints the time of a step, or the peak memory, over that of AdamW."""
+def print_times(tasks):
+    """Prints the time of a step and the time to AdamW's last validation loss, each over AdamW's, at the best settings."""
+    names, rows, sooner = ("Muon", "SOAP", wrapped_name("AdamW")), [], {}
+    for task, milliseconds in load_measured("milliseconds", SWAPPED).items():
+        setting = setting_for(task, "AdamW", 1, False) if task in tasks else None
+        plain, wrapped = pair(task, "AdamW", 1, setting, default_config(), SWAPPED) if setting else ({}, {})
+        if not plain:
+            continue
+        target, cells = mean_curve(plain.values())[-1], []
+        for name in names:
+            runs = wrapped if name == wrapped_name("AdamW") else best_runs(load(task), name, 1)
+            if name not in milliseconds:
+                cells += ["", ""]
+                continue
+            ratio = milliseconds[name] / milliseconds["AdamW"]
+            spent = part_to(mean_curve(runs.values()), target) * ratio if runs else None
+            cells += [f"{ratio:.2f}", "" if spent is None else "never" if math.isinf(spent) else f"{spent:.2f}"]
+            if spent is not None:
+                sooner.setdefault(name, []).append(spent < 1)
+        rows.append([task, f"{milliseconds['AdamW']:g}", *cells])
+    if rows:
+        print("\nTime of a step on one CPU core, and time to AdamW's last validation loss, over AdamW's")
+        markdown(["task", "AdamW, ms", *(f"{name}{part}" for name in names for part in (": step", ": time"))], rows)
+        print("\nSooner than AdamW: " + "; ".join(f"{name} {sum(each)} of {len(each)}" for name, each in sooner.items()))
+
+
+def print_memory(tasks):
+    """Prints the peak memory over that of AdamW."""
+    quantity, title = "megabytes", "Peak memory of a process of ten steps"
     measured = {task: each for task, each in load_measured(quantity, SWAPPED).items() if task in tasks and "AdamW" in each}
     for bases in (BASES[:3], BASES[3:6], BASES[6:]):
         columns = [name for base in bases for name in (base, wrapped_name(base)) if name != "AdamW"]
@@ -174,8 +203,8 @@ def print_tables():
     """Prints all tables except the details of each task."""
     print_swaps(KNOWN, "Known tasks")
     print_swaps(UNSEEN, "Unseen tasks")
-    print_costs(KNOWN + UNSEEN, "milliseconds", "Time of a step on one CPU core")
-    print_costs(KNOWN + UNSEEN, "megabytes", "Peak memory of a process of ten steps")
+    print_times(KNOWN + UNSEEN)
+    print_memory(KNOWN + UNSEEN)
     for horizon in HORIZONS:
         print_comparison(KNOWN + UNSEEN, horizon, TUNED, "Each at its best setting: test loss")
         print_comparison(KNOWN + UNSEEN, horizon, OTHERS, "Other optimizers at their best setting: test loss")
