@@ -275,8 +275,8 @@ def data(case, seed=0):
     else:
         inputs = random.integers(0, case.vocabulary, size=case.input_shape).astype("int32")
     outputs = layer.compute_output_spec(keras.KerasTensor(case.input_shape, inputs.dtype.name))
-    # Of few digits, so that the gradient of a bias is the same in any order of its sum. On TensorFlow, oneDNN fuses it with that
-    # of a convolution's kernel in some traces of the same graph and not in others (in none with TF_ENABLE_ONEDNN_OPTS=0).
+    # Of few digits, so that the gradient of a bias is the same in any order of its sum. On TensorFlow, oneDNN fuses it with the
+    # gradient of a convolution's kernel in some traces of a graph and not in others (in none with TF_ENABLE_ONEDNN_OPTS=0).
     return layer, inputs, np.round(64 * random.normal(size=outputs.shape)).astype("float32") / 64
 
 
