@@ -3,6 +3,7 @@
     python overhead.py --backend jax                          # about five minutes on two cores
     python overhead.py --backend torch --models mlp-1600,transformer --json overhead.json
     python overhead.py --backend tensorflow --growth overhead.png
+    python overhead.py --backend torch --models mlp-400 --jit # the step of `torch.compile`
 
 The contenders take turns in one process, an epoch of `fit` each, so a busy machine slows both; the ratio is the median over the
 turns. The first step and the peak memory are measured in a separate process each. The floor is the ratio of the numbers of
@@ -175,9 +176,12 @@ def parse_arguments():
     parser.add_argument(
         "--processes", type=int, default=1, help="of each contender for first step and memory (default: %(default)s)"
     )
+    parser.add_argument("--jit", action="store_true", help="train with `jit_compile=True`")
     parser.add_argument("--json", type=Path, help="save the results here too")
     parser.add_argument("--growth", type=Path, help="vary width, batch and tokens instead, and save the picture here")
     arguments = parser.parse_args()
+    if arguments.jit:
+        os.environ["KERAS_ISAAC_JIT"] = "1"
     arguments.models = list(MODELS) if arguments.models == "all" else arguments.models.split(",")
     if unknown := set(arguments.models) - set(MODELS):
         parser.error(f"--models must be of {', '.join(MODELS)}. Received: {', '.join(sorted(unknown))}")
@@ -224,7 +228,8 @@ def make_trainer(benchmark, contender):
         make_layer = [lambda *layer: keras.layers.TorchModuleWrapper(make_torch_layer(contender, *layer))]
     model = capture(benchmark.build(*make_layer))
     loss = "mse" if benchmark.classes is None else keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=optimizer, loss=loss)
+    # Spawned processes read it too.
+    model.compile(optimizer=optimizer, loss=loss, jit_compile="KERAS_ISAAC_JIT" in os.environ or "auto")
     _, synchronize, _ = find_device()
 
     def train(x, y):
