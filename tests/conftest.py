@@ -17,6 +17,10 @@ if keras.backend.backend() == "torch":
     torch.backends.cudnn.allow_tf32 = False
 
 
+# A program that a test runs, with the folder of the benchmarks on its path. Doctests would import it.
+collect_ignore = ["swap_program.py"]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Marks slow what `often` leaves out, where every case is compiled; PyTorch, which compiles nothing, runs all of them."""
