@@ -84,7 +84,12 @@ assert page.read_text().endswith("after\n")
 assert "old" not in page.read_text()
 assert "| AdamW | best | 1 | 1 |" in page.read_text()
 text = output.getvalue()
-for part in ("| AdamW | best | 1 | 1 |", "| Keras Muon | defaults | 1 | 1 |", "Time of a step", "Sooner than AdamW: ISAAC + AdamW"):
+for part in (
+    "| AdamW | best | 1 | 1 |",
+    "| Keras Muon | defaults | 1 | 1 |",
+    "Time of a step",
+    "Sooner than AdamW: ISAAC + AdamW",
+):
     assert part in text, text
 assert max(line.count("|") for line in text.splitlines()) <= 9, text
 assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
