@@ -1,7 +1,7 @@
 """The conditioning scope: which gradients are conditioned now, and with what damping.
 
-A training step opens the scope and captured layers read it. Each thread and asynchronous context has its own, because
-`tf.distribute.MirroredStrategy` traces every replica in a separate thread.
+A training step opens the scope and captured layers read it. Each thread has its own, because `tf.distribute.MirroredStrategy`
+traces every replica in a separate thread.
 
 Two kinds of code run a layer apart from the step that opened the scope, and `backend.in_scopes` covers both. Recomputation runs
 the forward pass again in the backward pass, where the scope may be closed: `backend.scopes_of_recomputation` finds its scopes.
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from keras_isaac.curvature.record import KernelCall
 
 
+# Not a context variable, which `torch.compile` cannot trace.
 class _Open(threading.local):
     scopes: tuple["Conditioning", ...] = ()
 

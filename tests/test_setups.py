@@ -107,7 +107,7 @@ def test_mixed_float16_skips_steps_that_overflow_halves_the_scale_and_goes_on(wr
 
 
 # A few roundoffs of what the layer computes in.
-TOLERANCES = {"mixed_float16": 2e-3, "mixed_bfloat16": 1.6e-2, "float64": 1e-12}
+TOLERANCES = {"mixed_float16": 2e-3, "mixed_bfloat16": 1.6e-2, "float64": 1e-12, "float32": 1e-5}
 
 
 @pytest.mark.often("(4, 7)-mixed_float16", "(11, 7)-mixed_bfloat16", "(4, 7)-float64")
@@ -122,13 +122,13 @@ def test_the_conditioner_computes_in_float32_or_better(policy, shape):
     layer = capture_inputs(layers.Dense(5))
     given = inputs if dtype == "float64" else inputs.astype("float32")
     plain = keras.backend.standardize_dtype(layers.Dense(5)(given).dtype)
-    if dtype == "float64" != plain:
-        pytest.skip(f"This Keras computes a plain layer's float64 in {plain}, as 3.16 does on PyTorch")
+    # Keras 3.16 computes a plain layer's float64 in float32 on PyTorch.
+    tolerance = TOLERANCES[plain if dtype == "float64" else policy]
     # The smaller damping is lost in a sum of float16 or bfloat16.
     for damping in (1.0, 2.0**-13):
         actual = run(layer, given, cotangent, paper_isaac(damping=damping), compiled=True)
         expected = oracle.conditioned_gradient(inputs, cotangent, damping)
-        assert relative_error(actual.gradients[0], expected) < TOLERANCES[policy]
+        assert relative_error(actual.gradients[0], expected) < tolerance
 
 
 KINDS = ("dense-sequence", "einsum-groups", "conv2d-groups", "reversible-embedding")

@@ -2,7 +2,7 @@
 
     python swap.py                                        # all that is missing: it resumes where it was stopped
     python swap.py --defaults                             # the same at the optimizers' own defaults
-    python swap.py --bases AdamW --tasks cnn --seeds 2 --isaac max_rows=64,damping=0.3 --results /tmp/x
+    python swap.py --bases AdamW --tasks cnn --seeds 2 --isaac max_rows=64,damping=0.3 --results other
     taskset -c 0 python swap.py --time                    # milliseconds a step, plain and wrapped, on one core
     python swap.py --memory                               # peak memory of a process, plain and wrapped
 
