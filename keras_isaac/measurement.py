@@ -15,7 +15,7 @@ from keras_isaac.backend import damped_inverse_root, damped_projection, matmul, 
 from keras_isaac.captured_layer import choice_of
 from keras_isaac.curvature import plan
 from keras_isaac.curvature.conditioner import gram_of, in_full_precision
-from keras_isaac.curvature.record import KernelCall
+from keras_isaac.curvature.rows import KernelCall
 from keras_isaac.optimizer_wrapper import isaacs_in
 
 _TINY = 1e-37

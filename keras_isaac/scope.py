@@ -21,7 +21,7 @@ from keras_isaac import backend
 if TYPE_CHECKING:
     import keras
 
-    from keras_isaac.curvature.record import KernelCall
+    from keras_isaac.curvature.rows import KernelCall
 
 
 # Not a context variable, which `torch.compile` cannot trace.

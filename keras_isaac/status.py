@@ -7,7 +7,7 @@ from typing import NamedTuple
 import keras
 
 from keras_isaac.captured_layer import choice_of
-from keras_isaac.curvature.record import SPARSE
+from keras_isaac.curvature.rows import SPARSE
 from keras_isaac.keras_hooks import quantization
 from keras_isaac.layers import adapter_of, kernels_of
 from keras_isaac.layers.products import is_sparse

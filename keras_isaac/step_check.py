@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import keras
 
 from keras_isaac import backend, scope
-from keras_isaac.curvature.record import SPARSE
+from keras_isaac.curvature.rows import SPARSE
 from keras_isaac.selection import shorten
 from keras_isaac.status import kernel_status
 

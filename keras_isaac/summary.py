@@ -15,7 +15,7 @@ import keras
 from keras_isaac import scope
 from keras_isaac.captured_layer import captured_throughout
 from keras_isaac.curvature import plan
-from keras_isaac.curvature.record import KernelCall
+from keras_isaac.curvature.rows import KernelCall
 from keras_isaac.layers.products import is_sparse
 from keras_isaac.optimizer import ISAAC
 from keras_isaac.optimizer_wrapper import isaacs_in

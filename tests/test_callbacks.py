@@ -13,8 +13,7 @@ from models import captured, fit, mlp, regression, sequences, with_random_weight
 
 from keras_isaac import capture_inputs, measurement
 from keras_isaac.callbacks import CurvatureMonitor
-from keras_isaac.curvature.record import KernelCall
-from keras_isaac.curvature.rows import Rows
+from keras_isaac.curvature.rows import KernelCall, Rows
 
 # PyTorch executes one step at a time.
 STEPS = 1 if BACKEND == "torch" else 2

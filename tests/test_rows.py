@@ -25,8 +25,7 @@ from readings import patches as numpy_patches
 
 from keras_isaac import capture_inputs
 from keras_isaac.curvature import plan
-from keras_isaac.curvature.record import KernelCall
-from keras_isaac.curvature.rows import Rows, condensed, sampled_rows
+from keras_isaac.curvature.rows import KernelCall, Rows, condensed, sampled_rows
 from keras_isaac.layers.patches import Window, patches
 
 

@@ -84,8 +84,7 @@ def added_multiplications(rows, num_in, num_out, max_rows):
     import keras
 
     from keras_isaac.curvature import plan
-    from keras_isaac.curvature.record import KernelCall
-    from keras_isaac.curvature.rows import Rows
+    from keras_isaac.curvature.rows import KernelCall, Rows
 
     kept = min(rows, plan.num_kept(rows, num_in, num_out, max_rows))
     sampled = Rows(keras.KerasTensor((kept, num_in)), kept, rows, rows)

@@ -13,8 +13,7 @@ from keras import ops
 
 from keras_isaac import backend
 from keras_isaac.curvature import conditioner, plan
-from keras_isaac.curvature.record import KernelCall
-from keras_isaac.curvature.rows import Rows, condensed, num_read, product_rows
+from keras_isaac.curvature.rows import KernelCall, Rows, condensed, num_read, product_rows
 from keras_isaac.scope import Conditioning
 
 

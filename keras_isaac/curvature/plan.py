@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from keras_isaac.curvature.record import KernelCall
+    from keras_isaac.curvature.rows import KernelCall
 
 SAMPLE, WOODBURY, FEATURE, DIAGONAL = "sample", "Woodbury", "feature", "diagonal"
 

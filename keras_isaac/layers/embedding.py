@@ -8,8 +8,7 @@ from keras import ops
 
 from keras_isaac import backend
 from keras_isaac.curvature.operations import conditioned, scaled_gradient, scaled_gradient_of_norm
-from keras_isaac.curvature.record import KernelCall
-from keras_isaac.curvature.rows import sampled_rows
+from keras_isaac.curvature.rows import KernelCall, sampled_rows
 from keras_isaac.keras_hooks import call_with, mask_of, own_call, quantization
 from keras_isaac.layers.products import (
     ConditioningOf,

@@ -11,8 +11,7 @@ from keras import ops
 from keras_isaac.backend import layout
 from keras_isaac.curvature.conditioner import cast
 from keras_isaac.curvature.operations import conditioned, conditioned_matmul
-from keras_isaac.curvature.record import SPARSE, KernelCall
-from keras_isaac.curvature.rows import Rows, condensed, expected_total, product_rows, sampled_rows
+from keras_isaac.curvature.rows import SPARSE, KernelCall, Rows, condensed, expected_total, product_rows, sampled_rows
 from keras_isaac.keras_hooks import quantization
 from keras_isaac.scope import Conditioning
 

@@ -17,8 +17,7 @@ from keras import ops
 from keras_isaac import backend
 from keras_isaac.curvature import conditioner, plan
 from keras_isaac.curvature.operations import conditioned
-from keras_isaac.curvature.record import KernelCall
-from keras_isaac.curvature.rows import Rows, condensed, sampled_rows
+from keras_isaac.curvature.rows import KernelCall, Rows, condensed, sampled_rows
 from keras_isaac.keras_hooks import call_with, with_attributes
 from keras_isaac.layers.convolution import channels_last, window_of
 from keras_isaac.layers.patches import Window, patch_rows
