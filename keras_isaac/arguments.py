@@ -10,7 +10,7 @@ import keras
 from keras import ops
 from keras.optimizers.schedules import LearningRateSchedule
 
-from keras_isaac.optimizer_wrapper import isaacs_in
+from keras_isaac.keras_hooks import isaacs_in
 
 # That of the paper's experiments.
 _SGD_LEARNING_RATE = 0.1

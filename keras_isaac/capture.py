@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import keras
 
-from keras_isaac import captured_layer, keras_hooks
-from keras_isaac.captured_model import captured_model
-from keras_isaac.selection import Rule, check_rules, describe, raise_unsupported, walk
+from keras_isaac import keras_hooks
+from keras_isaac.selection import Rule, captured_alone, check_rules, describe, raise_unsupported, walk
+from keras_isaac.training import capture_layer, captured_model
 
 # A layer, a model, or a model's class, which is returned.
 Target = TypeVar("Target", bound=keras.Layer | type)
@@ -61,7 +61,7 @@ def capture_inputs(
                 "Give `include` and `exclude` with a model, whose layers they choose. "
                 f"Received: target={describe(target)}, include={include}, exclude={exclude}"
             )
-        captured = [captured_layer.capture(layer) for layer, _ in walk(target)]
+        captured = [capture_layer(layer) for layer, _ in walk(target)]
         if not any(captured):
             raise_unsupported([describe(target)], f"target={describe(target)}")
     else:
@@ -100,7 +100,7 @@ def release_inputs(target: Target) -> Target:
             owner.release()
     elif isinstance(target, keras.Layer):
         for layer, _ in walk(target):
-            captured_layer.captured_alone.discard(layer)
+            captured_alone.discard(layer)
     else:
         raise TypeError(
             "Give `release_inputs` a `keras.Model`, a `keras.Layer` or a subclass of `keras.Model`. "

@@ -22,7 +22,7 @@ Each line states one assumption about Keras and names the test in `tests/test_ho
 Private attributes of Keras that the package relies on:
 
 - `_keras_mask`, the mask of a tensor on TensorFlow and PyTorch: `test_masks_are_read_and_given`.
-- `_model_variables_moving_average` of an optimizer, which the `SwapEMAWeights` callback reads (`optimizer_wrapper.py`):
+- `_model_variables_moving_average` of an optimizer, which the `SwapEMAWeights` callback reads (`optimizer.py`):
   `test_callbacks_see_the_moving_average_inside_other_optimizers`, of `test_optimizer.py`.
 """
 
@@ -37,7 +37,6 @@ import keras
 from keras import ops
 
 from keras_isaac import backend
-from keras_isaac.optimizer_wrapper import isaacs_in
 from keras_isaac.scope import bind_scope
 
 # A mode of JAX alone, which an older Keras does not have.
@@ -139,6 +138,40 @@ def models_of(optimizer: keras.optimizers.Optimizer) -> list[keras.Model]:
     # `isinstance` may run code of a proxy, so that only the type is asked.
     models = [each for each in gc.get_objects() if issubclass(type(each), keras.Model)]
     return [model for model in models if any(each is optimizer for each in isaacs_in(getattr(model, "optimizer", None)))]
+
+
+# Optimizers.
+
+# The method by which an `ISAAC` is known: no other optimizer has it.
+_ISAAC = "conditioning_of_step"
+
+
+def isaacs_in(optimizer: Any) -> list[Any]:
+    """Returns the `ISAAC` optimizers in `optimizer`: itself, or those in its attributes, in lists and dictionaries too."""
+    if hasattr(optimizer, _ISAAC):
+        return [optimizer]
+    return [each for each in _innermost(optimizer, set()) if hasattr(each, _ISAAC)]
+
+
+def has_several(optimizer: Any) -> bool:
+    """Returns whether an optimizer divides the variables among several, as `keras.optimizers.MultiOptimizer` does."""
+    return len(_innermost(optimizer, set())) > 1
+
+
+def _innermost(value: Any, seen: set[int]) -> list[keras.optimizers.Optimizer]:
+    """Returns the optimizers in a value that update variables: `ISAAC`, and those that contain no others."""
+    if id(value) in seen:
+        return []
+    seen.add(id(value))
+    if hasattr(value, _ISAAC):
+        return [value]
+    is_optimizer = isinstance(value, keras.optimizers.Optimizer)
+    if is_optimizer or isinstance(value, dict):
+        parts = (vars(value) if is_optimizer else value).values()
+    else:
+        parts = value if isinstance(value, (list, tuple)) else ()
+    inner = [each for part in parts for each in _innermost(part, seen)]
+    return inner or ([value] if is_optimizer else [])
 
 
 # Layers.

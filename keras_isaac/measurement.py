@@ -12,11 +12,11 @@ from keras import ops
 
 from keras_isaac import backend, scope
 from keras_isaac.backend import damped_inverse_root, damped_projection, matmul, transpose
-from keras_isaac.captured_layer import choice_of
 from keras_isaac.curvature import plan
 from keras_isaac.curvature.conditioner import gram_of, in_full_precision
 from keras_isaac.curvature.rows import KernelCall
-from keras_isaac.optimizer_wrapper import isaacs_in
+from keras_isaac.keras_hooks import isaacs_in
+from keras_isaac.selection import choice_of
 
 _TINY = 1e-37
 

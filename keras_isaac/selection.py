@@ -1,18 +1,24 @@
-"""Which layers of a model are meant: the walk through all of them, and the rules of `include` and `exclude`."""
+"""Which layers are conditioned: the walk through a model, the rules of `include` and `exclude`, and the choice in force."""
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeAlias
 
 import keras
 
+from keras_isaac import keras_hooks
 from keras_isaac.layers import adapter_of
 
 # A layer, or a regular expression of its path.
 Rule: TypeAlias = str | keras.Layer
 # The layers that contain a layer, outermost first.
 Containers: TypeAlias = tuple[keras.Layer, ...]
+# The layers that were captured alone, for training loops.
+captured_alone: weakref.WeakSet[keras.Layer] = weakref.WeakSet()
+# The `CapturedModel`s of the models that captured each layer. They live as long as the models do.
+captured_by: weakref.WeakKeyDictionary[keras.Layer, weakref.WeakSet] = weakref.WeakKeyDictionary()
 
 
 def walk(root: keras.Layer, containers: Containers = ()) -> Iterator[tuple[keras.Layer, Containers]]:
@@ -82,6 +88,17 @@ def check_matches(model: keras.Model, include: tuple[Rule, ...] | None, exclude:
                 raise ValueError(f"{hint}`{name}` matches no layer of {describe(model)}. Received: {name}={describe(rule)}")
             if name == "include" and not any(adapter_of(layer) for layer in named):
                 raise_unsupported(sorted({describe(layer) for layer in named}), f"include={describe(rule)}")
+
+
+def is_chosen(layer: keras.Layer) -> bool:
+    """Returns whether this layer is conditioned in a custom training loop: captured alone, or chosen by a living model."""
+    return layer in captured_alone or any(model.chooses(layer) for model in captured_by.get(layer, ()))
+
+
+def choice_of(model: keras.Layer) -> Callable[[keras.Layer], bool]:
+    """Returns the function that says which layers are conditioned when this model, or layer, trains."""
+    owner = keras_hooks.owner_of(model)
+    return is_chosen if owner is None or not owner.is_captured else owner.chooses
 
 
 def describe(layer: Rule) -> str:

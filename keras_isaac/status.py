@@ -6,13 +6,11 @@ from typing import NamedTuple
 
 import keras
 
-from keras_isaac.captured_layer import choice_of
 from keras_isaac.curvature.rows import SPARSE
-from keras_isaac.keras_hooks import quantization
+from keras_isaac.keras_hooks import has_several, isaacs_in, quantization
 from keras_isaac.layers import adapter_of, kernels_of
 from keras_isaac.layers.products import is_sparse
-from keras_isaac.optimizer_wrapper import has_several, isaacs_in
-from keras_isaac.selection import walk
+from keras_isaac.selection import choice_of, walk
 
 
 class KernelStatus(NamedTuple):

@@ -13,13 +13,13 @@ from typing import Any
 import keras
 
 from keras_isaac import scope
-from keras_isaac.captured_layer import captured_throughout
 from keras_isaac.curvature import plan
 from keras_isaac.curvature.rows import KernelCall
+from keras_isaac.keras_hooks import isaacs_in
 from keras_isaac.layers.products import is_sparse
 from keras_isaac.optimizer import ISAAC
-from keras_isaac.optimizer_wrapper import isaacs_in
 from keras_isaac.status import KernelStatus, statuses_of
+from keras_isaac.training import captured_throughout
 
 _HEADER = ("Kernel (layer)", "Rows, in, out", "Form", "Added,\nof model")
 _FORM_WIDTH = 19

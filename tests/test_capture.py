@@ -20,7 +20,7 @@ from models import (
 )
 
 from keras_isaac import capture_inputs, kernel_status, release_inputs
-from keras_isaac.captured_layer import choice_of, is_chosen
+from keras_isaac.selection import choice_of, is_chosen
 
 
 def chosen(model, layers=None):

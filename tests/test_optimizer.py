@@ -7,7 +7,7 @@ from keras.optimizers.schedules import ExponentialDecay, PiecewiseConstantDecay
 from models import assert_close, assert_differ, captured, fit, mlp, regression, trained, weights
 
 from keras_isaac import ISAAC, capture_inputs
-from keras_isaac.optimizer_wrapper import has_several, isaacs_in
+from keras_isaac.keras_hooks import has_several, isaacs_in
 
 Muon = getattr(keras.optimizers, "Muon", None)
 needs_multi = pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="an older Keras has no MultiOptimizer")

@@ -1,19 +1,34 @@
-"""What is captured of one model: its rules, the scope around its training steps, and the checks before them."""
+"""The training steps of captured models: the choice of layers, the scope, and the checks that `ISAAC` conditions something.
+
+In the scope, the `call` of a captured layer is conditioned if the innermost `ISAAC` that trains a kernel of it chooses it.
+Everywhere else it is the plain `call`.
+"""
 
 import contextlib
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 
 from keras_isaac import backend, keras_hooks, scope
-from keras_isaac.captured_layer import capture, is_chosen
+from keras_isaac.curvature.rows import SPARSE
+from keras_isaac.keras_hooks import has_several, isaacs_in
 from keras_isaac.layers import adapter_of
-from keras_isaac.optimizer_wrapper import has_several, isaacs_in
-from keras_isaac.selection import Containers, Rule, check_matches, matches, shorten, walk
-from keras_isaac.step_check import nothing_to_condition, reused_error
+from keras_isaac.selection import (
+    Containers,
+    Rule,
+    captured_alone,
+    captured_by,
+    check_matches,
+    is_chosen,
+    matches,
+    shorten,
+    walk,
+)
+from keras_isaac.status import kernel_status
 
 
 class CapturedModel:
@@ -69,7 +84,7 @@ class CapturedModel:
     def _add(self, root: keras.Layer, containers: Containers = ()) -> None:
         """Captures all layers in `root`, and those that they create when they are built."""
         for layer, within in walk(root, containers):
-            if capture(layer, self):
+            if capture_layer(layer, self):
                 self._layers[id(layer)] = layer, within
             if layer.built:
                 self.chooses(layer)
@@ -190,3 +205,150 @@ def capture_copy(isaac: keras.optimizers.Optimizer) -> None:
 def _path_in(model: keras.Model, layer: keras.Layer) -> str | None:
     """Returns the path of a layer without the name of its model, which Keras may have chosen."""
     return None if layer.path is None else layer.path.removeprefix(f"{model.name}/")
+
+
+def capture_layer(layer: keras.Layer, model: Any = None) -> bool:
+    """Wraps the `call` of this layer once, for a `CapturedModel` or alone; returns whether the layer can be conditioned."""
+    keras_hooks.keep_scope(layer)
+    if adapter_of(layer) is None:
+        if backend.untraced(type(layer).call) is not None:
+            keras_hooks.wrap_call(layer, _traced_call)
+        return False
+    if not keras_hooks.wrap_call(layer, _captured_call):
+        return False
+    if model is None:
+        captured_alone.add(layer)
+    else:
+        captured_by.setdefault(layer, weakref.WeakSet()).add(model)
+    return True
+
+
+@contextlib.contextmanager
+def captured_throughout(root: keras.Layer) -> Iterator[None]:
+    """Wraps every supported layer in `root` inside the `with` block, to see what it would do."""
+    layers = [layer for layer, _ in walk(root) if adapter_of(layer) and "call" not in vars(layer)]
+    for layer in layers:
+        keras_hooks.wrap_call(layer, _captured_call)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            keras_hooks.unwrap_call(layer)
+
+
+def _captured_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
+    if scope.is_open():
+        adapter, conditionings = adapter_of(layer), {}
+        for kernel in adapter.kernels(layer):
+            # A kernel that the layer computes is no variable. See `kernels_of`.
+            conditioning = scope.conditioning_of(kernel) if isinstance(kernel, keras.Variable) else None
+            if conditioning is not None and conditioning.chooses(layer):
+                conditioning.on_use()
+                if conditioning.record is not None or conditioning.output_damping is not None:
+                    conditioning = conditioning.of_kernel(kernel)
+                conditionings[id(kernel)] = conditioning
+        if conditionings:
+            return adapter.call(layer, lambda kernel: conditionings.get(id(kernel)), *args, **kwargs)
+    elif scope.is_recomputed_outside() and is_chosen(layer):
+        raise ValueError(
+            f"Call `loss.backward()` inside `with optimizer.conditioning():`. It recomputes layer '{layer.path}' "
+            "(`torch.utils.checkpoint`), which is conditioned only inside of that block."
+        )
+    elif (
+        kwargs.get("training") is not False and backend.is_tracing(args[0] if args else layer.variables[0]) and is_chosen(layer)
+    ):
+        scope.plain_calls.add("called")
+    return keras_hooks.own_call(layer)(layer, *args, **kwargs)
+
+
+def _traced_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
+    """Runs the `call` of a layer that is a `tf.function`: the layers in it may have been traced outside of the scope."""
+    function = (backend.untraced(type(layer).call) if scope.is_open() else None) or type(layer).call
+    return function(layer, *args, **kwargs)
+
+
+_WEIGHTS_ARE_LOST = (
+    " Build the model again before the next `fit`: on JAX, Keras drops its weights when one fails."
+    if backend.IS_STATELESS
+    else ""
+)
+
+
+class StepCheck:
+    """Whether a captured layer conditions a gradient in the current step of an `ISAAC`."""
+
+    def __init__(self) -> None:
+        # The variables that the optimizer was built for, by id; none before.
+        self.trained: dict[int, keras.Variable] = {}
+        # Whether a layer did so since the last check, and whether one ever did.
+        self._has_now = self._has_ever = False
+        self._model: weakref.ref[keras.Model] | None = None
+
+    def begin(self, model: keras.Model) -> None:
+        """Notes that a step of a captured model begins: a layer has to condition a gradient before the check."""
+        self._has_now, self._model = False, weakref.ref(model)
+
+    def note_use(self) -> None:
+        """Notes that a layer conditions a gradient."""
+        self._has_now = self._has_ever = True
+
+    def forget(self) -> None:
+        """Forgets all uses, because the model is not captured any more."""
+        self._has_ever = False
+
+    def check(self, variables: Sequence | None) -> None:
+        """Raises if the gradients of this step are not conditioned, as far as Python sees the step.
+
+        Args:
+            variables: the variables whose gradients are applied, or `None` for those that the optimizer was built for.
+        """
+        scope.closed.discard(self)
+        if variables is None:
+            variables = list(self.trained.values())
+        was_called = bool(scope.plain_calls and variables) and backend.is_tracing(variables[0])
+        scope.plain_calls.clear()
+        model = None if self._model is None else self._model()
+        was_missed = not self._has_now and (model is not None or was_called)
+        self._has_now, self._model = False, None
+        if self._has_ever and not was_missed:
+            return
+        if self.trained and not any(id(variable) in self.trained for variable in variables):
+            raise reused_error("this step", variables)
+        received = f"Received gradients for: {_paths(variables)}"
+        if model is None:
+            raise ValueError(
+                "Write `model = capture_inputs(model)` (from `keras_isaac`) before training; in a loop of your own, compute "
+                "the loss inside `with optimizer.conditioning():`. No captured layer took part in this step. "
+                f"{received}.{_WEIGHTS_ARE_LOST}"
+            )
+        advice = nothing_to_condition(model) or (
+            f"Call a captured layer in the training step of '{model.name}', or compile with the inner optimizer: none that "
+            "`ISAAC` could condition took part in it."
+        )
+        raise ValueError(f"{advice} {received}.{_WEIGHTS_ARE_LOST}")
+
+
+def reused_error(what: str, variables: Sequence) -> ValueError:
+    """Returns the error of an `ISAAC` that was built for the variables of another model."""
+    return ValueError(
+        "Compile each model with an optimizer of its own: `model.compile(optimizer=ISAAC(...), ...)`. This `ISAAC` was built "
+        f"for other variables than those of {what}: {_paths(variables)}."
+    )
+
+
+def nothing_to_condition(model: keras.Model) -> str | None:
+    """Returns what to write if no kernel of a captured model can be conditioned, or `None` if one can."""
+    statuses = sorted(kernel_status(model), key=lambda status: not status.trainable)
+    # A layer on sparse inputs takes part, and warns that it stays plain.
+    if any(status.reason in (None, SPARSE) for status in statuses):
+        return None
+    reasons = [f"'{status.path}' ({status.reason})" for status in statuses]
+    return (
+        "Include, unfreeze or register (`keras_isaac.register_layer`) a layer that multiplies its inputs by a kernel, or "
+        f"compile with the inner optimizer: `ISAAC` can condition nothing in '{model.name}'. "
+        f"Kernels: {shorten(reasons) or 'none'}."
+    )
+
+
+def _paths(variables: Sequence) -> str:
+    return shorten([getattr(variable, "path", variable.name) for variable in variables], 2)
