@@ -2,15 +2,14 @@
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import numbers
-import re
-import shutil
-import textwrap
 from typing import Any
 
 import keras
+import rich.box
+import rich.console
+import rich.table
 
 from keras_isaac import scope
 from keras_isaac.curvature import plan
@@ -21,10 +20,6 @@ from keras_isaac.optimizer import ISAAC
 from keras_isaac.status import KernelStatus, statuses_of
 from keras_isaac.training import captured_throughout
 
-_HEADER = ("Kernel (layer)", "Rows, in, out", "Form", "Added,\nof model")
-_FORM_WIDTH = 19
-# A name wraps, but not into fewer columns than this.
-_NAME_WIDTH = 20
 # From this share on, the cost is worth advice.
 _COSTLY = 0.1
 
@@ -68,12 +63,11 @@ def summary(
     >>> model = keras.Model(inputs, keras.layers.Dense(8, name="top")(hidden), name="small")
     >>> kernels = keras_isaac.summary(keras_isaac.capture_inputs(model, exclude="top"), batch_size=60)
     Kernels of 'small', batch size 60
-    Kernel (layer)  Rows, in, out  Form                   Added,
-                                                        of model
-    ------------------------------------------------------------
-    hidden/kernel   60 x 64 x 256  sample                 +20.4%
+    Kernel (layer)   Rows, in, out   Form                   Added
+    ─────────────────────────────────────────────────────────────
+    hidden/kernel    60 x 64 x 256   sample                +20.4%
     (Dense)
-    top/kernel       60 x 256 x 8  plain: not captured
+    top/kernel        60 x 256 x 8   plain: not captured
     (Dense)
     1 of 2 trainable kernels are conditioned (16,384 of 18,432 parameters, 88.9%).
     Multiplications added to a step: +20.4%.
@@ -233,11 +227,17 @@ def _print(model: keras.Model, statuses: list[KernelStatus], batch_size: int, sh
             f"{plan.MIN_ROWS}. ISAAC(max_rows=...) sets another number."
         )
     lines.append(_cost(conditioned, total, batch_size))
-    cells = [(f"{each.path}\n({each.layer})", _size(each), _form(each), _share(each.added, total)) for each in shown]
-    width = shutil.get_terminal_size().columns
-    print(f"Kernels of '{model.name}', batch size {batch_size}")
-    print("\n".join(_table(cells, width)))
-    print("\n".join(textwrap.fill(line, max(width, 40), break_on_hyphens=False) for line in lines))
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("Kernel (layer)", overflow="fold")
+    table.add_column("Rows, in, out", justify="right", no_wrap=True)
+    table.add_column("Form", max_width=19)
+    table.add_column("Added", justify="right", no_wrap=True)
+    for each in shown:
+        table.add_row(f"{each.path}\n({each.layer})", _size(each), _form(each), _share(each.added, total))
+    console = rich.console.Console(markup=False, highlight=False, emoji=False, color_system=None, force_jupyter=False)
+    with console.capture() as captured:
+        console.print(f"Kernels of '{model.name}', batch size {batch_size}", table, *lines, sep="\n")
+    print("\n".join(map(str.rstrip, captured.get().splitlines())))
 
 
 def _num_params(statuses: list[KernelStatus]) -> int:
@@ -262,26 +262,6 @@ def _cost(conditioned: list[KernelStatus], total: int, batch_size: int) -> str:
     return (
         f"{cost} Costliest: {costliest.path} ({_share(costliest.added, total)}). To lower this, write {' or '.join(remedies)}."
     )
-
-
-def _table(cells: list[tuple[str, str, str, str]], width: int) -> list[str]:
-    """Returns the lines of a table of at most `width` columns, if wrapping the names makes it fit."""
-    rows = [[cell.split("\n") for cell in row] for row in (_HEADER, *cells)]
-    for row in rows:
-        row[2] = [part for line in row[2] for part in textwrap.wrap(line, _FORM_WIDTH)]
-    widths = [max(len(line) for row in rows for line in row[column]) for column in range(4)]
-    widths[0] = min(widths[0], max(_NAME_WIDTH, width - sum(widths[1:]) - 2 * 3))
-    # Up to a slash or the end, if that fits.
-    path_part = rf".{{0,{widths[0] - 1}}}(?:/|.$)|.{{{widths[0]}}}"
-    lines = []
-    for row in rows:
-        row[0] = [part for line in row[0] for part in re.findall(path_part, line)]
-        for name, size, form, share in itertools.zip_longest(*row, fillvalue=""):
-            line = f"{name:<{widths[0]}}  {size:>{widths[1]}}  {form:<{widths[2]}}  {share:>{widths[3]}}"
-            lines.append(line.rstrip())
-    # The header has two lines.
-    lines.insert(2, "-" * (sum(widths) + 2 * 3))
-    return lines
 
 
 def _size(status: KernelStatus) -> str:
