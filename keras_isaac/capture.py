@@ -9,7 +9,7 @@ import keras
 
 from keras_isaac import keras_hooks
 from keras_isaac.selection import Rule, captured_alone, check_rules, describe, raise_unsupported, walk
-from keras_isaac.training import capture_layer, captured_model
+from keras_isaac.training import CapturedModel, capture_layer
 
 # A layer, a model, or a model's class, which is returned.
 Target = TypeVar("Target", bound=keras.Layer | type)
@@ -48,13 +48,11 @@ def capture_inputs(
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4), keras.layers.Dense(2, name="head")])
     >>> model = capture_inputs(model, exclude=".*/head")
     """
-    is_class = isinstance(target, type) and issubclass(target, keras.Model)
-    if is_class or isinstance(target, keras.Model):
+    if isinstance(target, type) and issubclass(target, keras.Model):
+        _capture_class(target, check_rules("include", include), check_rules("exclude", exclude))
+    elif isinstance(target, keras.Model):
         rules = check_rules("include", include), check_rules("exclude", exclude)
-        if is_class:
-            _capture_class(target, *rules)
-        else:
-            captured_model(target).select(*rules)
+        (keras_hooks.owner_of(target) or CapturedModel(target)).select(*rules)
     elif isinstance(target, keras.Layer):
         if include is not None or exclude is not None:
             raise ValueError(
@@ -116,7 +114,7 @@ def _capture_class(model_class: Any, include: tuple[Rule, ...] | None, exclude: 
     @functools.wraps(plain_init)
     def init(self: keras.Model, *args: Any, **kwargs: Any) -> None:
         plain_init(self, *args, **kwargs)
-        captured_model(self).select(include, exclude)
+        capture_inputs(self, include, exclude)
 
     # Keras reads the arguments of `__init__` for `get_config`, and does not look behind a wrapper by itself.
     init.__signature__ = inspect.signature(plain_init)  # type: ignore[attr-defined]

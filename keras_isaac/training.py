@@ -16,7 +16,7 @@ import keras
 from keras_isaac import backend, keras_hooks, scope
 from keras_isaac.curvature.rows import SPARSE
 from keras_isaac.keras_hooks import has_several, isaacs_in
-from keras_isaac.layers import adapter_of
+from keras_isaac.layers import ADAPTERS, adapter_of
 from keras_isaac.selection import (
     Containers,
     Rule,
@@ -186,11 +186,6 @@ def is_built(model: keras.Model) -> bool:
     return all(layer.built for layer, _ in walk(model))
 
 
-def captured_model(model: keras.Model) -> CapturedModel:
-    """Returns the `CapturedModel` of a model, created now if there is none."""
-    return keras_hooks.owner_of(model) or CapturedModel(model)
-
-
 def capture_copy(isaac: keras.optimizers.Optimizer) -> None:
     """Captures the model of a copied `ISAAC` as the original was."""
     captured = isaac.captured
@@ -238,7 +233,7 @@ def captured_throughout(root: keras.Layer) -> Iterator[None]:
 
 def _captured_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
     if scope.is_open():
-        adapter, conditionings = adapter_of(layer), {}
+        adapter, conditionings = ADAPTERS[type(layer).call], {}
         for kernel in adapter.kernels(layer):
             # A kernel that the layer computes is no variable. See `kernels_of`.
             conditioning = scope.conditioning_of(kernel) if isinstance(kernel, keras.Variable) else None

@@ -21,7 +21,7 @@ import pytest
 from harness import paper_isaac
 
 from keras_isaac import capture_inputs
-from keras_isaac.layers import adapter_of, supported_kinds
+from keras_isaac.layers import ADAPTERS, adapter_of
 
 FILES = (
     "dense_test.py",
@@ -66,7 +66,7 @@ class Capturing(Outcomes):
         super().__init__()
         # A layer captured by itself has the living objects looked through for its model, which is not among those of now.
         gc.freeze()
-        for layer_class in {getattr(keras.layers, kind) for kind in supported_kinds() if hasattr(keras.layers, kind)}:
+        for layer_class in {each for each in vars(keras.layers).values() if getattr(each, "call", None) in ADAPTERS}:
             layer_class.__init__ = _capturing(layer_class.__init__)
 
     @pytest.hookimpl(wrapper=True)

@@ -11,7 +11,6 @@ from oracle import relative_error
 from readings import one_group
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status, register_adapter, register_layer
-from keras_isaac.layers import supported_kinds
 from keras_isaac.selection import walk
 
 
@@ -168,12 +167,6 @@ def test_groups_are_conditioned_on_the_rows_that_are_sent_to_them():
         for actual, theirs, each in zip(conditioned, plain, (rows, hidden), strict=True):
             assert relative_error(actual[expert], oracle.condition(each, theirs[expert], 0.3)) < 2e-5
     assert [status.reason for status in kernel_status(layer)] == [None, None]
-
-
-def test_messages_name_each_kind_once_that_this_keras_has():
-    kinds = supported_kinds()
-    assert len(kinds) == len(set(kinds))
-    assert ("TernaryDense" in kinds) == hasattr(keras.layers, "TernaryDense")
 
 
 def test_errors():

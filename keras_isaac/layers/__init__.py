@@ -6,10 +6,14 @@ that kernel is to be left plain. A third, optional one, `notes(layer)`, returns 
 which part of it stays plain.
 """
 
+import functools
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import keras
+from keras import ops
 
 from keras_isaac.curvature.operations import conditioned
 from keras_isaac.curvature.rows import sampled_rows
@@ -18,17 +22,57 @@ from keras_isaac.layers.convolution import ConvAdapter, ConvTransposeAdapter, Se
 from keras_isaac.layers.dense import DenseAdapter
 from keras_isaac.layers.einsum import EinsumDenseAdapter
 from keras_isaac.layers.embedding import EmbeddingAdapter, ReversibleEmbeddingAdapter
-from keras_isaac.layers.products import ConditioningOf
+from keras_isaac.layers.products import ConditioningOf, is_sparse, note_sparse
 from keras_isaac.layers.recurrent import BidirectionalAdapter, RNNAdapter
-from keras_isaac.layers.registered import RegisteredAdapter
 from keras_isaac.layers.time_distributed import TimeDistributedAdapter
 
 __all__ = ["call_with", "conditioned", "mask_of", "register_adapter", "register_layer", "sampled_rows"]
 
+
+class RegisteredAdapter:
+    """A registered layer: one function of rows per kernel, and the layer's own `call`."""
+
+    def __init__(self, **reads: tuple[Callable[[Any, Any], Any], bool]) -> None:
+        # By the attribute of a kernel: its function of rows, and whether its first axis is one of groups.
+        self.reads = reads
+
+    def kernels(self, layer: Any) -> list[keras.Variable]:
+        """The named variables."""
+        # "bank.weight" is an attribute of an attribute.
+        return [functools.reduce(getattr, kernel.split("."), layer) for kernel in self.reads]
+
+    def call(self, layer: Any, conditioning_of: ConditioningOf, /, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own `call`. Its first argument may have any name, be passed by keyword and be a nest of tensors."""
+        inputs = args[0] if args else kwargs[list(inspect.signature(type(layer).call).parameters)[1]]
+        values = []
+        for variable, (name, (rows_of, groups)) in zip(self.kernels(layer), self.reads.items(), strict=True):
+            conditioning = conditioning_of(variable)
+            if conditioning is None:
+                continue
+            rows = rows_of(layer, inputs)
+            rows, mask = rows if isinstance(rows, tuple) else (rows, mask_of(inputs) if ops.is_tensor(inputs) else None)
+            if is_sparse(rows):
+                note_sparse(layer, [conditioning])
+                continue
+            value, num_groups = ops.convert_to_tensor(variable), int(groups)
+            group_shape, num_in = tuple(rows.shape[:num_groups]), rows.shape[-1]
+            if tuple(value.shape[:num_groups]) != group_shape or math.prod(value.shape[num_groups:]) % num_in:
+                axes = "after an axis of groups, the last axis of the rows" if groups else "the last axis of the rows"
+                raise ValueError(
+                    f"The rows registered for {type(layer).__name__} layer '{layer.path}' do not fit its kernel: {axes} "
+                    "must be the product of the kernel's first axes. "
+                    f"Received: rows of shape {tuple(rows.shape)}, `{name}` of shape {tuple(value.shape)}"
+                )
+            matrix = ops.reshape(value, (*group_shape, num_in, -1))
+            matrix = conditioned(matrix, conditioning, sampled_rows(rows, conditioning, mask, num_groups))
+            values.append((variable, ops.reshape(matrix, value.shape)))
+        return call_with(layer, values, *args, **kwargs)
+
+
 _KINDS: dict[str, Any] = {
     "Dense": DenseAdapter(),
     # Multiplies by a kernel that it computes from the trained one, whose whole gradient is conditioned when it is finished.
-    "TernaryDense": RegisteredAdapter("TernaryDense", kernel=(lambda layer, inputs: inputs, False)),
+    "TernaryDense": RegisteredAdapter(kernel=(lambda layer, inputs: inputs, False)),
     "EinsumDense": EinsumDenseAdapter(),
     **dict.fromkeys(("Conv1D", "Conv2D", "Conv3D", "DepthwiseConv1D", "DepthwiseConv2D"), ConvAdapter()),
     **dict.fromkeys(("SeparableConv1D", "SeparableConv2D"), SeparableConvAdapter()),
@@ -41,7 +85,7 @@ _KINDS: dict[str, Any] = {
 }
 # Keyed by the layer's `call` function: a subclass that overrides `call` is another kind of layer. Older versions of Keras lack
 # some of them.
-_ADAPTERS = {getattr(keras.layers, name).call: adapter for name, adapter in _KINDS.items() if hasattr(keras.layers, name)}
+ADAPTERS = {getattr(keras.layers, name).call: adapter for name, adapter in _KINDS.items() if hasattr(keras.layers, name)}
 
 
 def register_layer(layer_class: type[keras.Layer], kernel: str, rows: Callable[[Any, Any], Any], groups: bool = False) -> None:
@@ -76,16 +120,15 @@ def register_layer(layer_class: type[keras.Layer], kernel: str, rows: Callable[[
     >>> register_layer(Scores, kernel="weight", rows=lambda layer, inputs: inputs)
     >>> layer = capture_inputs(Scores())
     """
-    _check_is_layer(layer_class)
+    _check_class(layer_class)
     if not isinstance(kernel, str) or not callable(rows):
         raise TypeError(
             "`kernel` must be the name of an attribute and `rows` a function of the layer and its inputs. "
             f"Received: kernel={kernel!r}, rows={rows!r}"
         )
-    _check_call(layer_class)
-    adapter = _ADAPTERS.get(layer_class.call)
+    adapter = ADAPTERS.get(layer_class.call)
     if not isinstance(adapter, RegisteredAdapter):
-        adapter = _ADAPTERS[layer_class.call] = RegisteredAdapter(layer_class.__name__)
+        adapter = ADAPTERS[layer_class.call] = RegisteredAdapter()
     adapter.reads[kernel] = rows, groups
 
 
@@ -135,19 +178,15 @@ def register_adapter(layer_class: type[keras.Layer], adapter: Adapter) -> None:
     >>> register_adapter(Transposed, TransposedAdapter())
     >>> layer = capture_inputs(Transposed())
     """
-    _check_is_layer(layer_class)
+    _check_class(layer_class)
     if not all(callable(getattr(adapter, name, None)) for name in ("kernels", "call")):
         raise TypeError(f"`adapter` must have the functions `kernels` and `call`. Received: adapter={adapter!r}")
-    _check_call(layer_class)
-    _ADAPTERS[layer_class.call] = adapter
+    ADAPTERS[layer_class.call] = adapter
 
 
-def _check_is_layer(layer_class: Any) -> None:
+def _check_class(layer_class: Any) -> None:
     if not (isinstance(layer_class, type) and issubclass(layer_class, keras.Layer)):
         raise TypeError(f"`layer_class` must be a subclass of `keras.Layer`. Received: layer_class={layer_class!r}")
-
-
-def _check_call(layer_class: type[keras.Layer]) -> None:
     # Layers are looked up by their `call` function. An inherited one is also that of other layers.
     if "call" not in vars(layer_class):
         owner = next(base for base in layer_class.__mro__ if "call" in vars(base))
@@ -160,7 +199,7 @@ def _check_call(layer_class: type[keras.Layer]) -> None:
 
 def adapter_of(layer: keras.Layer) -> Any:
     """Returns the adapter of `layer`, or `None` if its kind is not supported."""
-    return _ADAPTERS.get(type(layer).call)
+    return ADAPTERS.get(type(layer).call)
 
 
 def kernels_of(layer: keras.Layer) -> list[keras.Variable]:
@@ -170,10 +209,3 @@ def kernels_of(layer: keras.Layer) -> list[keras.Variable]:
     descent direction for the variables that it is computed from.
     """
     return [kernel for kernel in adapter_of(layer).kernels(layer) if isinstance(kernel, keras.Variable)]
-
-
-def supported_kinds() -> list[str]:
-    """Returns the names of the layers that can be conditioned."""
-    kinds = [name for name in _KINDS if hasattr(keras.layers, name)]
-    registered = [adapter.name for adapter in _ADAPTERS.values() if isinstance(adapter, RegisteredAdapter)]
-    return list(dict.fromkeys([*kinds, *registered]))
