@@ -280,34 +280,6 @@ def call_with(layer: keras.Layer, values: Iterable[tuple[keras.Variable, Any]], 
 # Masks.
 
 
-class _MaskReader(keras.layers.Layer):
-    """Shows the mask that Keras carries with its input."""
-
-    def __init__(self, show: Callable[[Any], None]) -> None:
-        super().__init__(autocast=False)
-        self.show = show
-        self.supports_masking = True
-
-    def call(self, inputs: Any, mask: Any = None) -> Any:
-        self.show(mask)
-        return inputs
-
-
-class _MaskGiver(keras.layers.Layer):
-    """Has Keras carry a mask with its output."""
-
-    def __init__(self, mask: Any) -> None:
-        super().__init__(autocast=False)
-        self.mask = mask
-        self.supports_masking = True
-
-    def call(self, inputs: Any) -> Any:
-        return inputs
-
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
-        return self.mask
-
-
 # A JAX tracer takes no attributes. Keras keeps its mask elsewhere, and hands it to a layer that asks or takes it from one that
 # has it. Such a layer must not be recomputed, or it would leak the mask.
 
@@ -316,9 +288,14 @@ def mask_of(inputs: Any) -> Any:
     """Returns the mask that Keras carries with a tensor, or `None`."""
     if not backend.IS_STATELESS:
         return getattr(inputs, "_keras_mask", None)
-    masks: list = []
+    masks = []
+
+    def read(inputs: Any, mask: Any = None) -> Any:
+        masks.append(mask)
+        return inputs
+
     with keras.RematScope(mode=None):
-        _MaskReader(masks.append)(inputs)
+        keras.layers.Lambda(read, mask=lambda inputs, mask: mask, autocast=False, name="mask_of")(inputs)
     return masks[0]
 
 
@@ -330,4 +307,4 @@ def with_mask(inputs: Any, mask: Any) -> Any:
         inputs._keras_mask = mask
         return inputs
     with keras.RematScope(mode=None):
-        return _MaskGiver(mask)(inputs)
+        return keras.layers.Lambda(lambda inputs: inputs, mask=lambda *_: mask, autocast=False, name="with_mask")(inputs)

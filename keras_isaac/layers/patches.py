@@ -127,8 +127,8 @@ def _some_patches(inputs: Any, grid: _Grid, max_rows: int) -> Any:
     """Returns the patches of a coarse grid of positions, of some samples."""
     num_samples, num_channels = ops.shape(inputs)[0], inputs.shape[-1]
     if all(isinstance(size, int) for size in (num_samples, *grid[0])):
-        index = backend.constant(_static_index, num_samples, grid, max_rows)
-        is_inside = backend.constant(_static_is_inside, num_samples, grid, max_rows) if grid[-1] else None
+        index = backend.constant(_static_places, 0, num_samples, grid, max_rows)
+        is_inside = backend.constant(_static_places, 1, num_samples, grid, max_rows) if grid[-1] else None
     else:
         index, is_inside = _places(num_samples, grid, max_rows, ops)
     pixels = ops.reshape(inputs, (num_samples * math.prod(grid[0]), num_channels))
@@ -177,9 +177,5 @@ def _places(num_samples: Any, grid: _Grid, max_rows: int, numbers: Any) -> tuple
     return numbers.where(is_inside, index, 0), is_inside
 
 
-def _static_index(num_samples: int, grid: _Grid, max_rows: int) -> np.ndarray:
-    return _places(num_samples, grid, max_rows, np)[0]
-
-
-def _static_is_inside(num_samples: int, grid: _Grid, max_rows: int) -> np.ndarray:
-    return _places(num_samples, grid, max_rows, np)[1]
+def _static_places(part: int, num_samples: int, grid: _Grid, max_rows: int) -> np.ndarray:
+    return _places(num_samples, grid, max_rows, np)[part]
