@@ -1,6 +1,5 @@
 """What a `CurvatureMonitor` measures on one batch, for every conditioned kernel, without changing the model."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -51,17 +50,17 @@ def build_measure(model: keras.Model, data: tuple) -> Callable[[], dict[str, np.
                     spectra.setdefault(id(kernel), []).append(spectrum(conditioning, call))
 
             state = [*zip(variables, values, strict=True), *zip(kernels, tensors, strict=True)]
-            with contextlib.ExitStack() as stack:
-                # Assignments of the forward pass are dropped, so that both passes have the same dropout masks.
-                stack.enter_context(keras.StatelessScope(state, collect_losses=True))
+            # Assignments of the forward pass are dropped, so that both passes have the same dropout masks.
+            with keras.StatelessScope(state, collect_losses=True):
+                conditionings = []
                 for isaac in isaacs if is_open else ():
                     conditioning = isaac.conditioning_of_step(outer_optimizer=optimizer, chooses=choice_of(model))
                     recording = functools.partial(record, conditioning)
-                    conditioning = dataclasses.replace(conditioning, on_use=lambda: None, record=recording)
-                    stack.enter_context(scope.open_scope(conditioning))
-                outputs = model(x, training=True)
-                loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=True)
-                return optimizer.scale_loss(loss), spectra
+                    conditionings.append(dataclasses.replace(conditioning, on_use=lambda: None, record=recording))
+                with scope.open_scope(*conditionings):
+                    outputs = model(x, training=True)
+                    loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=True)
+                    return optimizer.scale_loss(loss), spectra
 
         known = dict(zip(map(id, variables), values, strict=True))
         tensors = [known[id(kernel)] for kernel in kernels]

@@ -83,19 +83,12 @@ class Conditioning:
         if self.record is not None:
             self.record(call)
 
-    def for_one_replica(self, num_replicas: int) -> "Conditioning":
-        """Returns this for a layer whose replicas are groups, each with gradients of the mean over all of them."""
-        output_damping = self.output_damping
-        if output_damping is not None and not self.relative_damping:
-            output_damping = output_damping / num_replicas**2
-        return dataclasses.replace(self, per_replica=False, output_damping=output_damping)
-
 
 @contextlib.contextmanager
-def open_scope(conditioning: Conditioning) -> Iterator[None]:
-    """Opens the scope for `conditioning`. The innermost scope takes precedence."""
+def open_scope(*conditionings: Conditioning) -> Iterator[None]:
+    """Opens the scope for `conditionings`: the first takes precedence, and all of them over those that are open."""
     before = _open.scopes
-    _open.scopes = (conditioning, *before)
+    _open.scopes = (*conditionings, *before)
     try:
         with backend.in_scopes(_open.scopes):
             yield
@@ -103,35 +96,19 @@ def open_scope(conditioning: Conditioning) -> Iterator[None]:
         _open.scopes = before
 
 
-def _scopes() -> tuple[Conditioning, ...]:
+def open_scopes() -> tuple[Conditioning, ...]:
     """Returns the open scopes; in the recomputation of a forward pass, those of the forward pass."""
     return _open.scopes or backend.scopes_of_recomputation() or ()
 
 
 def bind_scope(function: Callable) -> Callable:
     """Returns `function`, which always runs in the scopes that are open now, even after they are closed."""
-    scopes = _scopes()
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        before, _open.scopes = _open.scopes, scopes
-        try:
-            with backend.in_scopes(scopes):
-                return function(*args, **kwargs)
-        finally:
-            _open.scopes = before
-
-    return run
+    return open_scope(*open_scopes())(function)
 
 
-def is_open() -> bool:
-    """Returns whether any scope is open."""
-    return bool(_open.scopes or _scopes())
-
-
-def conditioning_of(kernel: Any) -> Conditioning | None:
-    """Returns the innermost open `Conditioning` that trains `kernel`, or `None`."""
-    for conditioning in _open.scopes or _scopes():
+def conditioning_of(kernel: Any, scopes: tuple[Conditioning, ...]) -> Conditioning | None:
+    """Returns the innermost `Conditioning` of `open_scopes` that trains `kernel`, or `None`."""
+    for conditioning in scopes:
         if conditioning.trains(kernel):
             return conditioning
     return None

@@ -147,6 +147,8 @@ def _kernel_calls(model: keras.Model, specs: Any) -> dict[int, list[KernelCall]]
     optimizer = getattr(model, "optimizer", None)
     compiled = [isaac.conditioning_of_step(outer_optimizer=optimizer) for isaac in isaacs_in(optimizer)]
     others = dataclasses.replace((compiled or [ISAAC().conditioning_of_step()])[0], trains=lambda kernel: True)
+    recording: dict[str, Any] = {"record": record, "on_use": lambda: None, "chooses": lambda layer: True}
+    conditionings = [dataclasses.replace(conditioning, **recording) for conditioning in (*compiled, others)]
 
     class Step(keras.Layer):
         """Keras traces its call to infer the shape of its output. No variable changes."""
@@ -154,12 +156,7 @@ def _kernel_calls(model: keras.Model, specs: Any) -> dict[int, list[KernelCall]]
         def call(self, inputs: Any) -> Any:
             # Keras may trace twice on PyTorch.
             calls.clear()
-            with contextlib.ExitStack() as stack:
-                for conditioning in (others, *compiled):
-                    recording = dataclasses.replace(
-                        conditioning, record=record, on_use=lambda: None, chooses=lambda layer: True
-                    )
-                    stack.enter_context(scope.open_scope(recording))
+            with scope.open_scope(*conditionings):
                 try:
                     model(inputs, training=True)
                 except Exception as error:

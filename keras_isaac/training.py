@@ -113,11 +113,11 @@ class CapturedModel:
             # TensorFlow builds it at the end of the first step, but which optimizer trains a kernel is known once it is built.
             model.optimizer.build(model.trainable_variables)
         mapping = [] if optimizer_values is None else list(zip(model.optimizer.variables, optimizer_values, strict=True))
-        with contextlib.ExitStack() as stack:
-            for isaac in isaacs:
-                isaac.step_check.begin(model)
-                conditioning = isaac.conditioning_of_step(mapping, model.optimizer, self.chooses)
-                stack.enter_context(scope.open_scope(conditioning))
+        conditionings = []
+        for isaac in isaacs:
+            isaac.step_check.begin(model)
+            conditionings.append(isaac.conditioning_of_step(mapping, model.optimizer, self.chooses))
+        with scope.open_scope(*conditionings) if isaacs else contextlib.nullcontext():
             yield
 
     def before_training(self, is_new: bool) -> None:
@@ -232,11 +232,12 @@ def captured_throughout(root: keras.Layer) -> Iterator[None]:
 
 
 def _captured_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
-    if scope.is_open():
+    scopes = scope.open_scopes()
+    if scopes:
         adapter, conditionings = ADAPTERS[type(layer).call], {}
         for kernel in adapter.kernels(layer):
             # A kernel that the layer computes is no variable. See `kernels_of`.
-            conditioning = scope.conditioning_of(kernel) if isinstance(kernel, keras.Variable) else None
+            conditioning = scope.conditioning_of(kernel, scopes) if isinstance(kernel, keras.Variable) else None
             if conditioning is not None and conditioning.chooses(layer):
                 conditioning.on_use()
                 if conditioning.record is not None or conditioning.output_damping is not None:
@@ -258,7 +259,7 @@ def _captured_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
 
 def _traced_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
     """Runs the `call` of a layer that is a `tf.function`: the layers in it may have been traced outside of the scope."""
-    function = (backend.untraced(type(layer).call) if scope.is_open() else None) or type(layer).call
+    function = (backend.untraced(type(layer).call) if scope.open_scopes() else None) or type(layer).call
     return function(layer, *args, **kwargs)
 
 

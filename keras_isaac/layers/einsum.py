@@ -17,7 +17,6 @@ from keras_isaac.curvature.rows import sampled_rows
 from keras_isaac.keras_hooks import call_with, mask_of, quantization
 from keras_isaac.layers.products import (
     ConditioningOf,
-    as_dense,
     bias_and_activation,
     conditioned_matrices,
     conditioning_in_force,
@@ -42,7 +41,7 @@ class EinsumDenseAdapter:
         equation, kernels = _equation(layer.equation, len(inputs.shape)), main_kernels(layer)
         conditioning, mask = conditioning_in_force(kernels, conditioning_of), mask_of(inputs)
         value, *others = [ops.convert_to_tensor(kernel) for kernel in kernels]
-        matrix, rows = equation.matrix_of(value), equation.rows_of(as_dense(inputs))
+        matrix, rows = equation.matrix_of(value), equation.rows_of(ops.convert_to_tensor(inputs, sparse=False))
         mask = None if mask is None else equation.mask_of(mask, inputs)
         if quantization(layer) is None and not others:
             products = product(rows, matrix, conditioning, mask, len(equation.groups))
@@ -134,6 +133,4 @@ def _split(tensor: Any, parts: Iterable[str], sizes: dict[str, Any], wanted: str
 
 
 # Eager PyTorch reads a layer's equation in every step.
-@functools.lru_cache(maxsize=256)
-def _equation(equation: str, num_axes: int | None = None) -> Equation:
-    return Equation(equation) if num_axes is None else Equation(equation, num_axes)
+_equation = functools.lru_cache(maxsize=256)(Equation)

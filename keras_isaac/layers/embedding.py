@@ -13,7 +13,6 @@ from keras_isaac.keras_hooks import call_with, mask_of, own_call, quantization
 from keras_isaac.layers.products import (
     ConditioningOf,
     Pairs,
-    as_dense,
     conditioned_matrices,
     conditioning_in_force,
     has_lora,
@@ -44,7 +43,7 @@ class EmbeddingAdapter:
         if len(kernels) == 2 or conditioning.preserve_norm:
             return call_with(layer, _conditioned_values(kernels, layer, conditioning_of, inputs), inputs)
         # A row's gradient is the sum of its tokens' gradients. Scaling those keeps TensorFlow's gradient sparse.
-        tokens = ops.cast(as_dense(inputs), "int32")
+        tokens = ops.cast(ops.convert_to_tensor(inputs, sparse=False), "int32")
         outputs = keras.layers.Embedding.call(layer, inputs)
         scale = _token_scale(layer, tokens, conditioning, kernels[0].shape)
         return scaled_gradient(outputs, ops.take(scale, tokens, axis=0)[..., None])
@@ -112,7 +111,7 @@ def _token_scale(layer: Any, tokens: Any, conditioning: Conditioning, shape: tup
 
 def _conditioned_values(kernels: list[keras.Variable], layer: Any, conditioning_of: ConditioningOf, inputs: Any) -> Pairs:
     """Returns pairs of a kernel that trains and its tensor. The gradient of the table is dense."""
-    tokens, table = ops.cast(as_dense(inputs), "int32"), ops.convert_to_tensor(kernels[0])
+    tokens, table = ops.cast(ops.convert_to_tensor(inputs, sparse=False), "int32"), ops.convert_to_tensor(kernels[0])
     conditioning, *others = map(conditioning_of, kernels)
     values = []
     if others and others[0] is not None:

@@ -1,5 +1,6 @@
 """The parts of adapters: products and kernels whose gradients are conditioned."""
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -74,13 +75,17 @@ def _product_by_replica(inputs: Any, kernel: Any, conditioning: Conditioning, nu
             f"Train on batches of a multiple of {num_replicas} samples: `per_replica=True` splits the rows of a layer evenly "
             f"over the {num_replicas} replicas of the distribution. Received: a batch that makes {rows} rows"
         )
-    groups = shape[:num_groups]
+    groups, output_damping = shape[:num_groups], conditioning.output_damping
+    if output_damping is not None and not conditioning.relative_damping:
+        # A replica's gradients are those of the mean over all replicas.
+        output_damping = output_damping / num_replicas**2
+    conditioning = dataclasses.replace(conditioning, per_replica=False, output_damping=output_damping)
     with layout.by_replica():
         # [(groups,) samples, *positions, in] -> [replicas, (groups,) rows of a replica, in]
         inputs = ops.reshape(inputs, (*groups, num_replicas, rows // num_replicas, shape[-1]))
         inputs = layout.with_sharding(ops.moveaxis(inputs, num_groups, 0))
         kernel = layout.with_sharding(ops.broadcast_to(kernel, (num_replicas, *kernel.shape)))
-        products = product(inputs, kernel, conditioning.for_one_replica(num_replicas), None, num_groups + 1)
+        products = product(inputs, kernel, conditioning, None, num_groups + 1)
     return ops.reshape(ops.moveaxis(products, 0, num_groups), (*shape[:-1], kernel.shape[-1]))
 
 
@@ -101,11 +106,6 @@ def note_sparse(layer: keras.Layer, conditionings: Iterable[Conditioning | None]
     )
     for conditioning in filter(None, conditionings):
         conditioning.note(KernelCall((), reason=SPARSE))
-
-
-def as_dense(inputs: Any) -> Any:
-    """Returns a tensor, dense if it was sparse."""
-    return ops.convert_to_tensor(inputs, sparse=False)
 
 
 def bias_and_activation(layer: keras.Layer, outputs: Any, data_format: str = "channels_last") -> Any:
