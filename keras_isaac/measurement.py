@@ -45,9 +45,9 @@ def build_measure(model: keras.Model, data: tuple) -> Callable[[], dict[str, np.
             """Returns the loss, with or without conditioning, and the spectra of each kernel's calls, by its id."""
             spectra: dict[int, list] = {}
 
-            def record(conditioning: scope.Conditioning, kernel: keras.Variable, call: KernelCall) -> None:
+            def record(conditioning: scope.Conditioning, call: KernelCall) -> None:
                 if call.reason is None:
-                    spectra.setdefault(id(kernel), []).append(spectrum(conditioning, call))
+                    spectra.setdefault(id(conditioning.kernel), []).append(spectrum(conditioning, call))
 
             state = [*zip(variables, values, strict=True), *zip(kernels, tensors, strict=True)]
             # Assignments of the forward pass are dropped, so that both passes have the same dropout masks.
@@ -55,8 +55,7 @@ def build_measure(model: keras.Model, data: tuple) -> Callable[[], dict[str, np.
                 conditionings = []
                 for isaac in isaacs if is_open else ():
                     conditioning = isaac.conditioning_of_step(outer_optimizer=optimizer, chooses=choice_of(model))
-                    recording = functools.partial(record, conditioning)
-                    conditionings.append(dataclasses.replace(conditioning, on_use=lambda: None, record=recording))
+                    conditionings.append(dataclasses.replace(conditioning, on_use=lambda: None, record=record))
                 with scope.open_scope(*conditionings):
                     outputs = model(x, training=True)
                     loss = model.compute_loss(x=x, y=y, y_pred=outputs, sample_weight=sample_weight, training=True)

@@ -10,7 +10,6 @@ And JAX reuses the trace of a function, but only in the scopes in which the trac
 
 import contextlib
 import dataclasses
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -19,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 from keras_isaac import backend
 
 if TYPE_CHECKING:
-    import keras
-
     from keras_isaac.curvature.rows import KernelCall
 
 
@@ -47,8 +44,8 @@ class Conditioning:
         trains: function of a kernel variable, whether this optimizer updates it.
         on_use: called without arguments whenever a layer conditions a kernel.
         chooses: function of a layer, whether it is conditioned. Defaults to all.
-        record: function that is called with the kernel variable and each `KernelCall`. `None` in training.
-        path: string, the path of the kernel, or `None`.
+        record: function that is called with this `Conditioning` and each `KernelCall`. `None` in training.
+        kernel: the variable that this is for, where `record` or an error names it, or `None`.
     """
 
     damping: Any
@@ -62,26 +59,21 @@ class Conditioning:
     on_use: Callable[[], None]
     chooses: Callable[[Any], bool] = lambda layer: True
     record: Callable[..., None] | None = None
-    path: str | None = None
-
-    def of_kernel(self, kernel: "keras.Variable") -> "Conditioning":
-        """Returns this for one kernel: `record` is called with it, and errors name it."""
-        record = None if self.record is None else functools.partial(self.record, kernel)
-        return dataclasses.replace(self, record=record, path=kernel.path)
+    kernel: Any = None
 
     def refuse_outputs(self) -> None:
         """Raises if the output side is to be conditioned where the backward pass has no gradient of one product."""
         if self.output_damping is not None:
             raise ValueError(
-                f"Leave the layer of '{self.path}' out by `capture_inputs(model, exclude=...)`, or use `output_damping=None`: "
-                "an `output_damping` conditions only `Dense` and `EinsumDense` layers whose inputs have no mask, under "
-                '`weight_sharing="expand"`.'
+                f"Leave the layer of '{self.kernel.path}' out by `capture_inputs(model, exclude=...)`, or use "
+                "`output_damping=None`: an `output_damping` conditions only `Dense` and `EinsumDense` layers whose inputs have "
+                'no mask, under `weight_sharing="expand"`.'
             )
 
     def note(self, call: "KernelCall") -> None:
         """Tells `record` of a `KernelCall`."""
         if self.record is not None:
-            self.record(call)
+            self.record(self, call)
 
 
 @contextlib.contextmanager

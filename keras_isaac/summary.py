@@ -141,8 +141,8 @@ def _kernel_calls(model: keras.Model, specs: Any) -> dict[int, list[KernelCall]]
     calls: dict[int, list[KernelCall]] = {}
     errors = []
 
-    def record(kernel: keras.Variable, call: KernelCall) -> None:
-        calls.setdefault(id(kernel), []).append(call)
+    def record(conditioning: scope.Conditioning, call: KernelCall) -> None:
+        calls.setdefault(id(conditioning.kernel), []).append(call)
 
     optimizer = getattr(model, "optimizer", None)
     compiled = [isaac.conditioning_of_step(outer_optimizer=optimizer) for isaac in isaacs_in(optimizer)]

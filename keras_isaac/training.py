@@ -5,6 +5,7 @@ Everywhere else it is the plain `call`.
 """
 
 import contextlib
+import dataclasses
 import functools
 import warnings
 import weakref
@@ -241,7 +242,7 @@ def _captured_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
             if conditioning is not None and conditioning.chooses(layer):
                 conditioning.on_use()
                 if conditioning.record is not None or conditioning.output_damping is not None:
-                    conditioning = conditioning.of_kernel(kernel)
+                    conditioning = dataclasses.replace(conditioning, kernel=kernel)
                 conditionings[id(kernel)] = conditioning
         if conditionings:
             return adapter.call(layer, lambda kernel: conditionings.get(id(kernel)), *args, **kwargs)
