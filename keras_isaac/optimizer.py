@@ -334,18 +334,14 @@ class ISAAC(keras.optimizers.Optimizer):
         if isinstance(self._damping, keras.Variable) and "damping" in store.keys():  # noqa: SIM118 (a store of HDF5)
             self._damping.assign(store["damping"])
 
-    def _inner_config(self) -> dict[str, Any]:
-        """Returns the serialized inner optimizer, with the class of `keras.optimizers` for one of its backend's."""
-        inner = self.inner_optimizer
-        config = keras.saving.serialize_keras_object(inner)
-        public_class = getattr(keras.optimizers, type(inner).__name__, None)
-        if type(inner).__module__.startswith("keras.") and public_class in type(inner).__mro__[1:]:
-            config = {**config, "module": "keras.optimizers", "registered_name": None}
-        return config
-
     def get_config(self) -> dict[str, Any]:
         """Returns the configuration: the arguments, and the serialized inner optimizer."""
-        inner_optimizer = self._inner_config()
+        inner_optimizer = keras.saving.serialize_keras_object(self.inner_optimizer)
+        inner_class = type(self.inner_optimizer)
+        public_class = getattr(keras.optimizers, inner_class.__name__, None)
+        if inner_class.__module__.startswith("keras.") and public_class in inner_class.__mro__[1:]:
+            # A subclass for one backend.
+            inner_optimizer = {**inner_optimizer, "module": "keras.optimizers", "registered_name": None}
         if isinstance(self._damping, LearningRateSchedule):
             damping: Any = keras.optimizers.schedules.serialize(self._damping)
         else:

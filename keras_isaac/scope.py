@@ -109,12 +109,5 @@ def conditioning_of(kernel: Any, scopes: tuple[Conditioning, ...]) -> Conditioni
 # The checks of optimizers whose scope was closed in a training loop and that have not been applied since. A backward pass that
 # follows may recompute the forward pass.
 closed: weakref.WeakSet = weakref.WeakSet()
-
-
-def is_recomputed_outside() -> bool:
-    """Returns whether this runs in a backward pass that recomputes a forward pass whose scope is closed."""
-    return bool(closed) and backend.scopes_of_recomputation() is None
-
-
 # Not empty if a captured layer was called outside of any scope. Set and cleared, not counted: `torch.compile` guards its value.
 plain_calls: set[str] = set()

@@ -246,7 +246,8 @@ def _captured_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
                 conditionings[id(kernel)] = conditioning
         if conditionings:
             return adapter.call(layer, lambda kernel: conditionings.get(id(kernel)), *args, **kwargs)
-    elif scope.is_recomputed_outside() and is_chosen(layer):
+    elif scope.closed and backend.scopes_of_recomputation() is None and is_chosen(layer):
+        # A backward pass outside of the scope recomputes the forward pass.
         raise ValueError(
             f"Call `loss.backward()` inside `with optimizer.conditioning():`. It recomputes layer '{layer.path}' "
             "(`torch.utils.checkpoint`), which is conditioned only inside of that block."

@@ -1,9 +1,7 @@
 """How each kind of layer reads as rows times a kernel: one adapter a kind, one table.
 
-An adapter has two functions. `kernels(layer)` lists the variables that it conditions. `call(layer, conditioning_of, inputs)`
-is the layer's own `call` with conditioned products; `conditioning_of(kernel)` is the `Conditioning` of a kernel, or `None` if
-that kernel is to be left plain. A third, optional one, `notes(layer)`, returns a dictionary from a kernel's id to a note on
-which part of it stays plain.
+`register_adapter` says what an adapter is. One here may also have a function `notes(layer)`, which returns a dictionary from a
+kernel's id to a note on which part of it stays plain.
 """
 
 import functools
