@@ -21,9 +21,9 @@ def num_replicas() -> int:
 
 
 @contextlib.contextmanager
-def by_replica(is_by_replica: bool = True) -> Iterator[None]:
+def by_replica() -> Iterator[None]:
     """Makes `with_sharding` take the first axis of tensors as one of replicas inside the `with` block."""
-    token = _is_by_replica.set(is_by_replica)
+    token = _is_by_replica.set(True)
     try:
         yield
     finally:

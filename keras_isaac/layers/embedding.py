@@ -9,13 +9,12 @@ from keras import ops
 from keras_isaac import backend
 from keras_isaac.curvature.operations import conditioned, scaled_gradient, scaled_gradient_of_norm
 from keras_isaac.curvature.rows import KernelCall, sampled_rows
-from keras_isaac.keras_hooks import call_with, mask_of, own_call, quantization
+from keras_isaac.keras_hooks import call_with, mask_of, own_call, quantization, with_mask
 from keras_isaac.layers.products import (
     ConditioningOf,
     Pairs,
     conditioned_matrices,
     conditioning_in_force,
-    has_lora,
     main_kernels,
     product,
 )
@@ -64,12 +63,8 @@ class ReversibleEmbeddingAdapter(EmbeddingAdapter):
         if not any(map(conditioning_of, kernels)) or (reverse and quantization(layer) is not None):
             return own_call(layer)(layer, inputs, reverse=reverse)
         if not reverse:
-            # On JAX, only the layer itself can give its output a mask, and gradients of tables are dense anyway.
-            if has_lora(layer) or backend.IS_STATELESS:
-                return call_with(layer, _conditioned_values(kernels, layer, conditioning_of, inputs), inputs)
             outputs = super().call(layer, conditioning_of, inputs)
-            outputs._keras_mask = keras.layers.Embedding.compute_mask(layer, inputs)
-            return outputs
+            return with_mask(outputs, keras.layers.Embedding.compute_mask(layer, inputs))
         conditioning, mask = conditioning_in_force(kernels, conditioning_of), mask_of(inputs)
         if len(kernels) == 2:
             # The inputs are multiplied by the second factor first, transposed.
