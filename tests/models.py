@@ -1,5 +1,8 @@
 """Small models and data for the tests of training."""
 
+import copy
+import pickle
+
 import keras
 import numpy as np
 import oracle
@@ -26,6 +29,25 @@ def mlp(features=6, outputs=3, width=8, seed=0, **kwargs):
         ]
     )
     return with_random_weights(model, seed)
+
+
+class Subclassed(keras.Model):
+    """A network that is built when it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = keras.Sequential([keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(3, name="head")])
+
+    def call(self, inputs):
+        return self.body(inputs)
+
+
+# Ways to copy a model.
+COPIES = {
+    "clone": keras.models.clone_model,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
 
 
 def with_random_weights(model, seed=0):
@@ -124,11 +146,7 @@ def sequence_network(length=6, vocabulary=7, outputs=3, seed=0):
     x = keras.layers.Conv1D(6, 3, padding="same", activation="tanh")(x)
     x = keras.layers.MultiHeadAttention(2, 3)(x, x)
     x = keras.layers.Dense(5, activation="tanh")(x)
-    model = keras.Model(tokens, keras.layers.Dense(outputs)(keras.layers.GlobalAveragePooling1D()(x)))
-    random = np.random.default_rng(seed)
-    for weight in model.trainable_variables:
-        weight.assign(random.normal(size=weight.shape) / np.sqrt(weight.shape[0]))
-    return model
+    return with_random_weights(keras.Model(tokens, keras.layers.Dense(outputs)(keras.layers.GlobalAveragePooling1D()(x))), seed)
 
 
 def each_product():

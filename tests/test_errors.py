@@ -35,6 +35,7 @@ SLIPS = {
         lambda: ISAAC(0.1, inner_optimizer=keras.optimizers.Adam()),
         "Write `ISAAC(inner_optimizer=keras.optimizers.Adam(learning_rate=0.1))`",
     ),
+    "isaac-inside": (lambda: ISAAC(inner_optimizer=ISAAC()), "Put `ISAAC` around `ISAAC` instead"),
     "loss-scale-inside": (
         lambda: ISAAC(inner_optimizer=keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())),
         "Put `LossScaleOptimizer` around `ISAAC` instead: `keras.optimizers.LossScaleOptimizer(ISAAC(...))`",
@@ -49,13 +50,13 @@ SLIPS = {
         "its class or an instance. Did you mean 'adam' or 'nadam' or 'adamw'? Received: inner_optimizer='adm'",
     ),
     "no-optimizer": (lambda: ISAAC(inner_optimizer=None), "`inner_optimizer` must be the name of a Keras optimizer"),
+    "layer-for-an-optimizer": (lambda: ISAAC(inner_optimizer=layers.Dense), "its class or an instance. Received"),
     "damping-zero": (lambda: ISAAC(damping=0), "`damping` must be a finite number above 0 or a `keras.optimizers.schedules"),
     "damping-word": (lambda: ISAAC(damping="auto"), "Received: damping='auto'"),
     "layers-for-a-model": (
         lambda: capture_inputs(mlp().layers),
         "Give `capture_inputs` a `keras.Model`, a `keras.Layer` or, as a decorator",
     ),
-    "optimizer-for-a-model": (lambda: capture_inputs(ISAAC()), "(of type ISAAC)"),
     "name-for-a-path": (
         lambda: capture_inputs(mlp(), "head"),
         "A regular expression must match a whole `layer.path`, such as 'sequential/head', 'sequential/hidden'.",
@@ -81,10 +82,6 @@ SLIPS = {
     "name-for-a-model": (
         lambda: kernel_status("m"),
         "`kernel_status` takes a `keras.Model` or a `keras.Layer`. Received: model='m' (of type str)",
-    ),
-    "damping-to-a-schedule": (
-        lambda: setattr(ISAAC(), "damping", keras.optimizers.schedules.ExponentialDecay(1.0, 10, 0.5)),
-        "Compile the model with a new `ISAAC(damping=...)`",
     ),
 }
 

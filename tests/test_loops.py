@@ -45,10 +45,6 @@ def test_the_loop_does_what_fit_does(optimizer):
     assert_close(loop(optimizer()), fitted(optimizer()), 1e-5)
 
 
-def test_the_scheduled_damping_moves_in_the_compiled_loop():
-    assert_differ(loop(paper_isaac(damping=PiecewiseConstantDecay([2], [0.05, 1e8]))), loop(paper_isaac(damping=0.05)))
-
-
 def test_error_without_the_scope():
     model = capture_inputs(mlp())
     optimizer = paper_isaac()

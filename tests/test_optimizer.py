@@ -1,3 +1,5 @@
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -67,30 +69,6 @@ def test_error_damping_that_is_no_positive_number(damping):
         paper_isaac().damping = damping
 
 
-def test_error_arguments_beside_an_instance():
-    with pytest.raises(
-        ValueError, match=r"Write .*keras.optimizers.Adam\(learning_rate=0.1\).* an instance has its own `learning_rate`"
-    ):
-        paper_isaac(0.1, inner_optimizer=Adam())
-    with pytest.raises(ValueError, match="an instance has its own `momentum`, `clipnorm`"):
-        paper_isaac(inner_optimizer=SGD(), momentum=0.9, clipnorm=1.0)
-
-
-def test_error_inner_optimizer_that_is_none():
-    with pytest.raises(TypeError, match="must be the name of a Keras optimizer, its class or an instance"):
-        paper_isaac(inner_optimizer=3)
-    with pytest.raises(TypeError, match="must be the name"):
-        paper_isaac(inner_optimizer=keras.layers.Dense)
-    for inner_optimizer in (paper_isaac(), LossScaleOptimizer(SGD())):
-        with pytest.raises(ValueError, match=r"Put `.*` around `ISAAC` instead"):
-            paper_isaac(inner_optimizer=inner_optimizer)
-
-
-def test_error_unknown_inner_argument_is_keras_own():
-    with pytest.raises((TypeError, ValueError), match="momentom"):
-        paper_isaac(momentom=0.9)
-
-
 @pytest.mark.parametrize("damping", [0.5, 2, np.float32(0.25), np.float64(4)])
 def test_damping_reads_and_sets(damping):
     optimizer = paper_isaac(damping=damping)
@@ -116,17 +94,6 @@ def test_error_a_schedule_is_not_settable():
     for optimizer, damping in ((paper_isaac(damping=schedule), 1.0), (paper_isaac(), schedule)):
         with pytest.raises(TypeError, match="Compile the model with a new"):
             optimizer.damping = damping
-
-
-def test_damping_set_between_fits_reaches_the_compiled_step():
-    def weights_after(second_damping):
-        model = captured(paper_isaac(damping=0.1))
-        fit(model, regression())
-        model.optimizer.damping = second_damping
-        fit(model, regression())
-        return weights(model)
-
-    assert_differ(weights_after(0.1), weights_after(100.0))
 
 
 def test_damping_schedule_moves_inside_a_compiled_fit():
@@ -190,20 +157,10 @@ def test_iterations_are_the_inner_optimizers():
     assert int(to_numpy(model.optimizer.iterations)) == int(to_numpy(model.optimizer.inner_optimizer.iterations)) == 6
 
 
-def test_learning_rate_callbacks():
-    seen = []
+def test_the_learning_rate_is_read_and_set_by_callbacks():
     model = captured(paper_isaac(learning_rate=0.5))
-    callbacks = [
-        keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5),
-        keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: seen.append(float(to_numpy(model.optimizer.learning_rate)))
-        ),
-    ]
-    fit(model, regression(), epochs=3, callbacks=callbacks)
-    assert seen == [0.25, 0.125, 0.0625]
-    plateau = keras.callbacks.ReduceLROnPlateau(monitor="loss", factor=0.1, patience=1, min_delta=1e6)
-    fit(model, regression(), epochs=3, callbacks=[plateau])
-    assert float(to_numpy(model.optimizer.learning_rate)) < 0.0625 / 5
+    fit(model, regression(), epochs=3, callbacks=[keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5)])
+    assert float(to_numpy(model.optimizer.learning_rate)) == 0.0625
     model.optimizer.learning_rate = 0.3
     assert float(to_numpy(model.optimizer.inner_optimizer.learning_rate)) == pytest.approx(0.3)
 
@@ -216,11 +173,13 @@ def test_learning_rate_callbacks():
         lambda: paper_isaac(damping=ExponentialDecay(1.0, 10, 0.5), per_replica=True),
         lambda: paper_isaac(learning_rate=ExponentialDecay(0.1, 10, 0.5), name="named"),
         lambda: paper_isaac(inner_optimizer=keras.optimizers.Lion(0.01)),
+        lambda: ISAAC(preserve_norm=True, output_damping=0.5, weight_sharing="reduce", max_rows=7),
     ],
-    ids=["default", "arguments", "damping schedule", "learning rate schedule", "instance"],
+    ids=["default", "arguments", "damping schedule", "learning rate schedule", "instance", "options"],
 )
 def test_config_round_trip(optimizer):
     optimizer = optimizer()
+    assert inspect.signature(ISAAC).parameters.keys() - {"kwargs"} <= optimizer.get_config().keys()
     for copy in (
         ISAAC.from_config(optimizer.get_config()),
         keras.optimizers.deserialize(keras.optimizers.serialize(optimizer)),
@@ -228,21 +187,6 @@ def test_config_round_trip(optimizer):
     ):
         assert copy.get_config() == optimizer.get_config()
         assert type(copy.inner_optimizer) is type(optimizer.inner_optimizer)
-
-
-def test_error_no_captured_layer():
-    message = r"Write `model = capture_inputs\(model\)`"
-    with pytest.raises(ValueError, match=message):
-        trained(paper_isaac())
-
-
-def test_error_only_frozen_layers_captured():
-    def capture_frozen(model):
-        model.layers[0].trainable = False
-        capture_inputs(model, include=model.layers[0])
-
-    with pytest.raises(ValueError, match=r"'sequential/head/kernel' \(not captured\), 'sequential/hidden/kernel' \(frozen\)"):
-        trained(paper_isaac(), capture_frozen)
 
 
 @pytest.mark.skipif(
@@ -367,14 +311,6 @@ def test_found_inside_other_optimizers():
 
 
 @needs_multi
-def test_found_inside_a_multi_optimizer():
-    isaac = paper_isaac()
-    multi = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(SGD(), {".*head.*": isaac}))
-    assert isaacs_in(multi) == [isaac]
-    assert has_several(multi)
-
-
-@needs_multi
 def test_inside_a_multi_optimizer_only_its_own_variables_are_conditioned():
     def multi(head):
         return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(SGD(0.1), {".*head.*": head}))
@@ -390,17 +326,6 @@ def test_inside_a_multi_optimizer_only_its_own_variables_are_conditioned():
 def test_inside_a_loss_scale_optimizer():
     scaled = trained(LossScaleOptimizer(paper_isaac(damping=0.1)), capture_inputs)
     assert_close(scaled, trained(paper_isaac(damping=0.1), capture_inputs), 1e-5)
-
-
-def test_non_finite_gradients_are_skipped_under_loss_scaling():
-    inputs, targets = regression(16)
-    model = captured(LossScaleOptimizer(paper_isaac(damping=0.1), initial_scale=16.0))
-    model.train_on_batch(inputs, targets)
-    before = weights(model)
-    inputs[3, 1] = np.inf
-    model.train_on_batch(inputs, targets)
-    assert_close(weights(model), before, 0)
-    assert float(to_numpy(model.optimizer.dynamic_scale)) == 8.0
 
 
 def test_exclude_from_weight_decay_reaches_the_inner_optimizer():

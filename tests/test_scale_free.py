@@ -1,6 +1,5 @@
 """A damping in units of the mean eigenvalue, and a conditioned gradient of the plain gradient's norm."""
 
-import keras
 import numpy as np
 import oracle
 import pytest
@@ -99,13 +98,6 @@ def test_scale_of_the_loss_is_a_factor_of_the_relative_two_parameter_method(laye
         for scale, options in ((1, {}), (1024, {"loss_scale_factor": 1024}))
     ]
     assert relative_error(*gradients) < 1e-5
-
-
-def test_are_saved_with_the_optimizer():
-    optimizer = paper_isaac(damping=0.2, relative_damping=True, preserve_norm=True)
-    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
-    assert (again.relative_damping, again.preserve_norm) == (True, True)
-    assert (paper_isaac().relative_damping, paper_isaac().preserve_norm) == (False, False)
 
 
 @pytest.mark.parametrize("flag", ["relative_damping", "preserve_norm", "per_replica"])

@@ -155,25 +155,22 @@ def test_the_budget_of_rows_is_explained_where_it_applies(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "received"),
-    [(np.ones((64, 8)), r"array.* \(of type ndarray\)"), ("64", "'64' .of type str."), (64.0, "64.0 .of type float.")],
-    ids=["array", "string", "float"],
+    ("arguments", "error", "message"),
+    [
+        ({"batch_size": np.ones((64, 8))}, TypeError, r"`batch_size` must be an integer\. .*array.* \(of type ndarray\)"),
+        ({"batch_size": "64"}, TypeError, r"`batch_size` must be an integer\. .*batch_size='64' \(of type str\)"),
+        ({"batch_size": 64.0}, TypeError, r"`batch_size` must be an integer\. .*batch_size=64.0 \(of type float\)"),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be above 0. Received: batch_size=0"),
+        ({"inputs": "abc"}, TypeError, r"`inputs` must be an array or a nest of arrays: write `summary\(model, inputs=x\)`"),
+        ({"inputs": (None, 6)}, TypeError, "`inputs` must be an array or a nest of arrays"),
+        ({"inputs": [[1.0] * 6]}, TypeError, "`inputs` must be an array or a nest of arrays"),
+        ({"model": layers.Dense(3)}, TypeError, r"`summary` takes a `keras.Model`\. Received: model=.* \(of type Dense\)"),
+    ],
+    ids=["array", "string", "float", "zero", "inputs-string", "inputs-shape", "inputs-list", "layer"],
 )
-def test_the_batch_size_is_an_integer(batch_size, received):
-    with pytest.raises(TypeError, match=rf"`batch_size` must be an integer\. .*Received: batch_size={received}"):
-        keras_isaac.summary(mlp(), batch_size)
-
-
-@pytest.mark.parametrize("batch_size", [0, -3])
-def test_the_batch_size_is_above_zero(batch_size):
-    with pytest.raises(ValueError, match=f"`batch_size` must be above 0. Received: batch_size={batch_size}"):
-        keras_isaac.summary(mlp(), batch_size)
-
-
-@pytest.mark.parametrize("inputs", ["abc", (None, 6), [[1.0] * 6]], ids=["string", "shape", "list"])
-def test_the_inputs_are_arrays(inputs):
-    with pytest.raises(TypeError, match=r"`inputs` must be an array or a nest of arrays: write `summary\(model, inputs=x\)`"):
-        keras_isaac.summary(mlp(), inputs=inputs)
+def test_error_arguments_of_another_kind(arguments, error, message):
+    with pytest.raises(error, match=message):
+        keras_isaac.summary(**{"model": mlp(), **arguments})
 
 
 def test_inputs_that_do_not_fit_are_keras_own_error():
@@ -245,8 +242,6 @@ def test_unknown_sizes():
         keras_isaac.summary(model)
     assert keras_isaac.summary(model, inputs=np.ones((2, 5, 4)))[0].rows == 10
     assert keras_isaac.summary(model, batch_size=8, inputs=np.ones((2, 5, 4)))[0].rows == 40
-    with pytest.raises(TypeError, match=r"`summary` takes a `keras.Model`\. Received: model=.* \(of type Dense\)"):
-        keras_isaac.summary(layers.Dense(3))
 
 
 @pytest.mark.skipif(not hasattr(keras.optimizers, "OptimizerMap"), reason="an older Keras has no OptimizerMap")
