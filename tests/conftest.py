@@ -1,4 +1,4 @@
-"""Every test starts from the same seed and a fresh Keras state."""
+"""Every test starts from the same seed, a fresh Keras state and float32."""
 
 import fnmatch
 import gc
@@ -17,7 +17,7 @@ if keras.backend.backend() == "torch":
     torch.backends.cudnn.allow_tf32 = False
 
 
-# A program that a test runs, with the folder of the benchmarks on its path. Doctests would import it.
+# A program that a test runs with the folder of the benchmarks on its path. Doctests would import it.
 collect_ignore = ["swap_program.py"]
 
 
@@ -44,6 +44,7 @@ def pytest_collection_finish():
 def _fresh_state():
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy("float32")
 
 
 class _Traces:

@@ -232,6 +232,25 @@ def eager_gradients(compute_loss, variables, scope=None):
     return loss, [variable.value.grad for variable in variables]
 
 
+def loss_gradients(compute_loss, variables, optimizer=None):
+    """The gradients of `compute_loss()`, inside `optimizer.conditioning()` if there is one, compiled as Keras would."""
+    if BACKEND == "jax":
+        import jax
+
+        def loss(values, optimizer_variables):
+            scope = contextlib.nullcontext() if optimizer is None else optimizer.conditioning(optimizer_variables)
+            with keras.StatelessScope(list(zip(variables, values, strict=True))), scope:
+                return compute_loss()
+
+        state = [] if optimizer is None else [variable.value for variable in optimizer.variables]
+        return jax.jit(jax.grad(loss))([variable.value for variable in variables], state)
+
+    def step():
+        return eager_gradients(compute_loss, variables, None if optimizer is None else optimizer.conditioning())[1]
+
+    return jit(step)()
+
+
 def gradients_by(function, inputs):
     """The gradient of a scalar function by its inputs, a tensor or a list, which can be differentiated again."""
     if BACKEND == "jax":

@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import OFTEN, PRODUCTS, Case, assert_conditioned, data, each_case
-from harness import BACKEND, eager_gradients, gradients_by, jit, paper_isaac, to_numpy
+from harness import BACKEND, gradients_by, loss_gradients, paper_isaac, to_numpy
 from keras import layers, ops
 from oracle import relative_error
 from readings import dense
@@ -22,34 +22,8 @@ if BACKEND == "tensorflow":
 
 def gradients(layer, inputs, loss, optimizer=None):
     """The gradients of `loss(call, inputs)` by the trainable variables, `call` being the layer's."""
-    function = _gradients_jax if BACKEND == "jax" else _gradients_of_tape
-    return [to_numpy(gradient) for gradient in function(layer, ops.convert_to_tensor(inputs), loss, optimizer)]
-
-
-def _gradients_jax(layer, inputs, loss, optimizer):
-    import jax
-
-    state = [variable.value for variable in layer.non_trainable_variables]
-
-    def total(trainable, inputs, optimizer_variables):
-        def call(x):
-            return layer.stateless_call(trainable, state, x)[0]
-
-        if optimizer is None:
-            return loss(call, inputs)
-        with optimizer.conditioning(optimizer_variables):
-            return loss(call, inputs)
-
-    trainable = [variable.value for variable in layer.trainable_variables]
-    return jax.jit(jax.grad(total))(trainable, inputs, [v.value for v in optimizer.variables] if optimizer else [])
-
-
-def _gradients_of_tape(layer, inputs, loss, optimizer):
-    def step(inputs):
-        scope = optimizer.conditioning() if optimizer else None
-        return eager_gradients(lambda: loss(layer, inputs), layer.trainable_variables, scope)[1]
-
-    return jit(step)(inputs)
+    inputs = ops.convert_to_tensor(inputs)
+    return [to_numpy(each) for each in loss_gradients(lambda: loss(layer, inputs), layer.trainable_variables, optimizer)]
 
 
 def forward_jax(function, inputs, direction):

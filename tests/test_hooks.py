@@ -1,13 +1,10 @@
 """What `keras_hooks.py` assumes of Keras, an assumption a test: one that fails says what a new Keras does otherwise."""
 
-import copy
-import pickle
-
 import keras
 import numpy as np
 import pytest
 from harness import BACKEND, to_numpy
-from models import assert_close, fit, mlp, regression, weights
+from models import COPIES, assert_close, fit, mlp, regression, weights
 
 from keras_isaac import ISAAC, keras_hooks
 
@@ -152,16 +149,12 @@ def test_masks_are_read_and_given():
     assert to_numpy(seen[0]).tolist() == [[1, 0, 0]]
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [keras.models.clone_model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
-    ids=["clone", "deepcopy", "pickle"],
-)
+@pytest.mark.parametrize("copied", COPIES)
 def test_copies_ask_for_the_compile_config_of_the_instance(copied):
     model, calls = mlp(), []
     model.compile(optimizer="sgd", loss="mse")
     replace(model, "get_compile_config", calls)
-    assert copied(model).optimizer.built
+    assert COPIES[copied](model).optimizer.built
     assert calls
 
 

@@ -6,7 +6,7 @@ import pytest
 from cases import FEATURES, MASK, SAMPLES, SEQUENCES, STEPS, UNITS, Case, assert_conditioned, data, stacked
 from harness import BACKEND, gradients_by, normal, paper_isaac, run, slow_but_on_torch, to_numpy
 from keras import layers
-from models import fit, weights, with_random_weights
+from models import captured, fit, weights, with_random_weights
 from oracle import relative_error
 from readings import Calling, dense, loop, lora, one_group, recurrent
 from test_callbacks import expected_spectrum
@@ -198,13 +198,9 @@ def batch():
 )
 def test_training_moves_all_weights_and_the_loss_falls(policy):
     keras.config.set_dtype_policy(policy)
-    try:
-        model = network()
-        before = weights(model)
-        capture_inputs(model).compile(optimizer=ISAAC(0.01, damping=0.1), loss="mse")
-        losses = fit(model, batch(), batch_size=8, epochs=8).history["loss"]
-    finally:
-        keras.config.set_dtype_policy("float32")
+    model = network()
+    before = weights(model)
+    losses = fit(captured(ISAAC(0.01, damping=0.1), model), batch(), batch_size=8, epochs=8).history["loss"]
     assert losses[-1] < losses[0]
     for ours, theirs in zip(weights(model), before, strict=True):
         assert np.all(np.isfinite(ours))

@@ -1,15 +1,22 @@
 """Saved, resumed, copied and shipped: a captured model as the plain one; see also `test_training.py`."""
 
-import copy
 import importlib.util
-import pickle
 
 import keras
 import numpy as np
 import pytest
 from harness import BACKEND, paper_isaac, run_python, to_numpy
-from keras import layers
-from models import assert_close, assert_differ, captured, each_product, fit, mlp, regression, weights, with_random_weights
+from models import (
+    COPIES,
+    assert_close,
+    assert_differ,
+    captured,
+    each_product,
+    fit,
+    mlp,
+    regression,
+    weights,
+)
 from test_training import OPTIMIZERS
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status
@@ -17,8 +24,7 @@ from keras_isaac import ISAAC, capture_inputs, kernel_status
 
 def compiled(optimizer):
     """The captured network under an optimizer of `OPTIMIZERS`."""
-    model = captured(eval(OPTIMIZERS[optimizer]))
-    return model
+    return captured(eval(OPTIMIZERS[optimizer]))
 
 
 def state(model):
@@ -69,22 +75,6 @@ def test_backup_and_restore_goes_on_bit_for_bit_after_an_interruption(optimizer,
     assert_close(state(resumed), state(uninterrupted), 0)
 
 
-def test_backup_and_restore_goes_on_bit_for_bit_after_the_process_was_killed(tmp_path):
-    script = (
-        "import os, signal, sys, keras; from models import fit, regression; from test_saving import compiled\n"
-        "class Kill(keras.callbacks.Callback):\n"
-        "    def on_train_batch_end(self, batch, logs=None):\n"
-        "        if int(self.model.optimizer.iterations) == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "callbacks = [keras.callbacks.BackupAndRestore(sys.argv[1]), Kill()]\n"
-        "fit(compiled('adam'), regression(), epochs=4, callbacks=callbacks)"
-    )
-    run_python("-c", script, tmp_path / "backup", returncode=-9)
-    resumed, uninterrupted = compiled("adam"), compiled("adam")
-    fit(resumed, regression(), epochs=4, callbacks=[keras.callbacks.BackupAndRestore(tmp_path / "backup")])
-    fit(uninterrupted, regression(), epochs=4)
-    assert_close(state(resumed), state(uninterrupted), 0)
-
-
 @pytest.mark.often("weights")
 @pytest.mark.parametrize("only_weights", [False, True], ids=["model", "weights"])
 def test_model_checkpoint_of_the_best_epoch(only_weights, tmp_path):
@@ -107,28 +97,6 @@ def test_model_checkpoint_of_the_best_epoch(only_weights, tmp_path):
     fit(loaded, data)
     fit(expected, data)
     assert_close(state(loaded), state(expected), 0)
-
-
-HAS_ORBAX = hasattr(keras.callbacks, "OrbaxCheckpoint") and importlib.util.find_spec("orbax") is not None
-
-
-@pytest.mark.skipif(not HAS_ORBAX, reason="needs orbax-checkpoint, and a Keras that has OrbaxCheckpoint")
-@pytest.mark.parametrize("optimizer", ["adam", "average", "loss scale"])
-@pytest.mark.filterwarnings("ignore")
-def test_orbax_checkpoint_goes_on_bit_for_bit(optimizer, tmp_path):
-    def build():
-        # Keras 3.15 does not find the weights of a `Sequential` in such a checkpoint.
-        inputs = keras.Input((6,))
-        outputs = layers.Dense(3, name="head")(layers.Dense(8, activation="tanh", name="hidden")(inputs))
-        model = captured(eval(OPTIMIZERS[optimizer]), with_random_weights(keras.Model(inputs, outputs)))
-        return model
-
-    checkpoint = keras.callbacks.OrbaxCheckpoint(str(tmp_path / "orbax"), save_on_background=False)
-    fit(build(), regression(), epochs=2, callbacks=[LowerDamping(), checkpoint])
-    loaded, uninterrupted = capture_inputs(keras.saving.load_model(tmp_path / "orbax")), build()
-    fit(loaded, regression())
-    fit(uninterrupted, regression(), epochs=3, callbacks=[LowerDamping()])
-    assert_close(state(loaded), state(uninterrupted), 0)
 
 
 def several_kinds():
@@ -181,9 +149,6 @@ def test_export_equals_predict(file_format, name, serve, packages, tmp_path):
     assert_differ(weights(model), before)
 
 
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda thing: pickle.loads(pickle.dumps(thing))}
-
-
 @pytest.mark.often("deepcopy-adam", "pickle-loss scale")
 @pytest.mark.parametrize(("copied", "optimizer"), [("deepcopy", "adam"), *(("pickle", optimizer) for optimizer in OPTIMIZERS)])
 def test_a_copy_of_a_fitted_model_is_captured_and_goes_on_bit_for_bit(copied, optimizer):
@@ -201,18 +166,6 @@ def test_a_copy_of_a_fitted_model_is_captured_and_goes_on_bit_for_bit(copied, op
     assert_close(state(other), state(model), 0)
 
 
-@pytest.mark.parametrize("copied", COPIES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.filterwarnings("ignore:Skipping variable loading:UserWarning")
-def test_a_copy_of_an_optimizer_is_as_configured(copied, optimizer):
-    """By itself an optimizer of Keras leaves its moments behind, and says so."""
-    model = compiled(optimizer)
-    fit(model, regression(), callbacks=[LowerDamping()])
-    other = COPIES[copied](model.optimizer)
-    assert type(other) is type(model.optimizer)
-    assert other.get_config() == model.optimizer.get_config()
-
-
 @pytest.mark.parametrize("direction", ["captured to plain", "plain to captured"])
 def test_weight_files_do_not_know_of_capturing(direction, tmp_path):
     models = [capture_inputs(mlp()), mlp(seed=1)]
@@ -220,12 +173,6 @@ def test_weight_files_do_not_know_of_capturing(direction, tmp_path):
     source.save_weights(tmp_path / "file.weights.h5")
     target.load_weights(tmp_path / "file.weights.h5")
     assert_close(weights(target), weights(source), 0)
-
-
-def test_a_model_loaded_without_compiling_is_plain(tmp_path):
-    compiled("adam").save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
-    assert [status.reason for status in kernel_status(loaded)] == ["not captured"] * 2
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,10 +1,9 @@
-"""What Keras users have running: precisions, ways to compile and ways to train. Capturing the model is not what stops them.
+"""Precisions, ways to compile and ways to train that Keras users have.
 
-Each run is compared with one that was computed by another route: in NumPy, without capturing, or in another mode.
+Each run is compared with one that is computed in another way: in NumPy, without capturing, or in another mode.
 """
 
 import concurrent.futures
-import contextlib
 import functools
 import importlib.util
 import inspect
@@ -18,7 +17,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import CASES, data, each_case, expected_gradient
-from harness import BACKEND, eager_gradients, gradients_by, jit, paper_isaac, run, run_python, to_numpy
+from harness import BACKEND, eager_gradients, gradients_by, loss_gradients, paper_isaac, run, run_python, to_numpy
 from keras import layers, ops
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
 from models import (
@@ -59,13 +58,6 @@ def steps_of(size=16, **arrays):
 
 
 @pytest.fixture
-def _policy_restored():
-    before = keras.config.dtype_policy()
-    yield
-    keras.config.set_dtype_policy(before)
-
-
-@pytest.fixture
 def _float64():
     """JAX has float64 only where the process enables it."""
     if BACKEND == "jax":
@@ -77,7 +69,6 @@ def _float64():
         jax.config.update("jax_enable_x64", False)
 
 
-@pytest.mark.usefixtures("_policy_restored")
 @pytest.mark.parametrize("wrapped", ["by hand", "by compile"])
 def test_mixed_float16_skips_steps_that_overflow_halves_the_scale_and_goes_on(wrapped):
     inputs, targets = regression(16)
@@ -111,7 +102,7 @@ TOLERANCES = {"mixed_float16": 2e-3, "mixed_bfloat16": 1.6e-2, "float64": 1e-12,
 
 
 @pytest.mark.often("(4, 7)-mixed_float16", "(11, 7)-mixed_bfloat16", "(4, 7)-float64")
-@pytest.mark.usefixtures("_policy_restored", "_float64")
+@pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("policy", TOLERANCES)
 @pytest.mark.parametrize("shape", [(4, 7), (11, 7)], ids=str)
 def test_the_conditioner_computes_in_float32_or_better(policy, shape):
@@ -135,7 +126,7 @@ KINDS = ("dense-sequence", "einsum-groups", "conv2d-groups", "reversible-embeddi
 
 
 @pytest.mark.often("conv2d-groups-float64", "einsum-groups-mixed_float16", "reversible-embedding-mixed_float16")
-@pytest.mark.usefixtures("_policy_restored", "_float64")
+@pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("policy", ["mixed_float16", "float64"])
 @each_case([case for case in CASES if case.id in KINDS])
 def test_every_kind_of_layer_in_every_precision(case, policy):
@@ -171,67 +162,56 @@ def test_a_run_in_float64_is_numpys():
 
 
 def test_dtype_policies_of_single_layers():
-    def after(optimizer, capture):
-        hidden = layers.Dense(8, activation="tanh", dtype="mixed_bfloat16")
-        model = keras.Sequential([keras.Input((6,)), hidden, layers.Dense(3, dtype="float32")])
-        model.set_weights(mlp().get_weights())
-        model = capture_inputs(model) if capture else model
-        model.compile(optimizer=optimizer, loss="mse")
-        fit(model, regression())
-        return weights(model)
-
+    hidden = layers.Dense(8, activation="tanh", dtype="mixed_bfloat16")
+    model = keras.Sequential([keras.Input((6,)), hidden, layers.Dense(3, dtype="float32")])
+    model.set_weights(mlp().get_weights())
     inputs, targets = regression()
-    isaac, plain = after(paper_isaac(0.1, 0.1), True), after(SGD(0.1), False)
-    assert_close(isaac, oracle_fit(mlp(), steps_of(x=inputs, y=targets), 0.1, 0.1, loss="mse"), 1e-2)
-    assert_differ(isaac, plain, 5e-2)
-    assert_close(after(paper_isaac(0.1, HUGE), True), plain, 1e-2)
+    fit(captured(paper_isaac(0.1, 0.1), model), (inputs, targets))
+    assert_close(weights(model), oracle_fit(mlp(), steps_of(x=inputs, y=targets), 0.1, 0.1, loss="mse"), 1e-2)
+    assert_differ(weights(model), trained(SGD(0.1)), 5e-2)
 
 
 # Compilation; see also `test_training.py`.
 
 
-def image_model(mode, **options):
-    """Layers with kernels that are to be recomputed, for `"full"` the model too; of no mode, none."""
-    recompute = keras.RematScope(mode=mode, **options) if mode else contextlib.nullcontext()
-    with recompute:
+def image_model(mode, names):
+    """Layers with kernels that are recomputed in this mode, for `"full"` the model too."""
+    options = {"layer_names": names, "output_size_threshold": 60}
+    with keras.RematScope(mode=mode, **options):
         conv = layers.Conv2D(8, 3, activation="tanh", name="conv")
         dense = layers.Dense(8, activation="tanh", name="dense")
         einsum = layers.EinsumDense("abc,cd->abd", (16, 6), activation="tanh", name="einsum")
         head = layers.Dense(3, name="head")
-    with recompute if mode == "full" else contextlib.nullcontext():
+    with keras.RematScope(mode=mode if mode == "full" else None):
         stack = [conv, layers.Reshape((16, 8)), dense, einsum, layers.GlobalAveragePooling1D(), head]
         model = keras.Sequential([keras.Input((6, 6, 2)), *stack])
     return with_random_weights(model)
 
 
 @functools.cache
-def remat_run(optimizer, mode, capture, run_eagerly):
-    """Weights after four steps of the image model."""
-    options = {"larger_than": {"output_size_threshold": 60}, "list_of_layers": {"layer_names": ["conv", "einsum", "head"]}}
-    options["only conv"] = {"layer_names": ["conv"]}
-    model = image_model(mode if mode != "only conv" else "list_of_layers", **options.get(mode, {}))
-    model = capture_inputs(model) if capture else model
-    model.compile(
-        optimizer={"sgd": SGD(0.1), "isaac": paper_isaac(0.1, damping=0.1)}[optimizer], loss="mse", run_eagerly=run_eagerly
-    )
+def remat_run(is_conditioned, run_eagerly, mode=None, names=("conv", "einsum", "head")):
+    """Weights after four steps of the captured image model."""
+    optimizer = paper_isaac(0.1, damping=0.1) if is_conditioned else SGD(0.1)
+    model = captured(optimizer, image_model(mode, list(names)), run_eagerly=run_eagerly)
     images = np.random.default_rng(1).normal(size=(32, 6, 6, 2)).astype("float32")
     fit(model, (images, regression(32)[1]), epochs=2)
     return weights(model)
 
 
 # In a compiled step for TensorFlow, Keras cannot recompute a layer whose `call` takes `training`.
-REMAT = [(mode, BACKEND != "jax") for mode in ("full", "activations", "larger_than", "list_of_layers")]
-REMAT += [("activations", False), ("only conv", False)] if BACKEND == "tensorflow" else []
+REMAT = [("full",), ("activations",), ("larger_than",), ("list_of_layers",)]
+REMAT = [(mode, BACKEND != "jax") for mode in REMAT]
+REMAT += [(("activations",), False), (("list_of_layers", ("conv",)), False)] if BACKEND == "tensorflow" else []
 
 
-@pytest.mark.often("full-False", "list_of_layers-*")
-@pytest.mark.parametrize(("mode", "run_eagerly"), REMAT)
+@pytest.mark.often("full-*", "list_of_layers-*")
+@pytest.mark.parametrize(("mode", "run_eagerly"), REMAT, ids=lambda value: value[0] if isinstance(value, tuple) else str(value))
 def test_recomputed_layers_train_as_others(mode, run_eagerly):
-    plain = remat_run("sgd", None, False, run_eagerly)
-    assert_close(remat_run("sgd", mode, True, run_eagerly), plain, 1e-5)
-    isaac = remat_run("isaac", mode, True, run_eagerly)
-    assert_close(isaac, remat_run("isaac", None, True, run_eagerly), 1e-5)
-    assert_differ(isaac, plain, 1e-2)
+    plain = remat_run(False, run_eagerly)
+    assert_close(remat_run(False, run_eagerly, *mode), plain, 1e-5)
+    conditioned = remat_run(True, run_eagerly, *mode)
+    assert_close(conditioned, remat_run(True, run_eagerly), 1e-5)
+    assert_differ(conditioned, plain, 1e-2)
 
 
 @pytest.mark.often("full")
@@ -486,7 +466,7 @@ class OwnStep:
 
 
 class WithoutCall(OwnStep, keras.Model):
-    """A model that is there for its `train_step` alone."""
+    """A model that has a `train_step` and no `call`."""
 
     def __init__(self, network):
         super().__init__()
@@ -542,8 +522,7 @@ def test_a_train_step_that_conditions_layers_that_are_captured_alone():
         assert_close(weights(model), weights(mlp()), 0)
     for layer in model.layers[1:]:
         capture_inputs(layer)
-    fit(model, regression(32), epochs=2)
-    assert_close(weights(model), trained(paper_isaac(damping=0.1), capture_inputs, regression(32), epochs=2), 1e-5)
+    assert_trains_as_captured(model)
 
 
 class OwnTrainFunction(keras.Model):
@@ -583,49 +562,34 @@ def test_a_model_with_nothing_to_train_stays_as_it_is(wrap):
         assert_close([to_numpy(weight) for weight in model.weights], before, 0)
 
 
-def penalized(of, optimizer, penalty=0.1):
-    """Weights after steps of SGD on a loss with a penalty on its gradient with respect to the inputs or the weights."""
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_a_penalty_on_the_gradient_with_respect_to_the_weights(penalty):
+    """`test_derivatives.py` has penalties on that with respect to the inputs."""
     inputs, targets = keras.Input((4, 4, 2)), ops.convert_to_tensor(regression(8)[1])
     hidden = layers.Flatten()(layers.Conv2D(4, 2, activation="tanh")(inputs))
-    model = keras.Model(inputs, layers.Dense(3)(hidden))
-    random = np.random.default_rng(0)
-    values = [ops.convert_to_tensor(random.normal(size=w.shape) / 4, "float32") for w in model.trainable_variables]
-    images = ops.convert_to_tensor(random.normal(size=(8, 4, 4, 2)), "float32")
-    if optimizer is not None:
-        capture_inputs(model)
-        optimizer.build(model.trainable_variables)
-
-    def outputs(values, images):
-        return model.stateless_call(values, [], images, training=True)[0]
+    model = with_random_weights(keras.Model(inputs, layers.Dense(3)(hidden)))
+    variables = model.trainable_variables
+    images = ops.convert_to_tensor(np.random.default_rng(0).normal(size=(8, 4, 4, 2)), "float32")
 
     def loss(values):
-        return mean_squared_error(targets, outputs(values, images))
+        with keras.StatelessScope(list(zip(variables, values, strict=True))):
+            return mean_squared_error(targets, model(images, training=True))
 
-    def penalized_loss(values):
-        if of == "inputs":
-            inner = [gradients_by(lambda images: ops.sum(outputs(values, images)), images)]
-        else:
-            inner = gradients_by(loss, values)
+    def penalized_loss():
+        values = [variable.value for variable in variables]
+        inner = gradients_by(loss, values) if penalty else []
         return loss(values) + penalty * sum(ops.sum(ops.square(gradient)) for gradient in inner)
 
-    @jit
-    def step(values, optimizer_variables):
-        with contextlib.nullcontext() if optimizer is None else optimizer.conditioning(optimizer_variables):
-            gradients = gradients_by(penalized_loss, values)
-        return [value - 0.1 * gradient for value, gradient in zip(values, gradients, strict=True)]
+    def gradients(optimizer):
+        if optimizer is not None:
+            optimizer.build(variables)
+        return [to_numpy(gradient) for gradient in loss_gradients(penalized_loss, variables, optimizer)]
 
-    for _ in range(3):
-        values = step(values, [] if optimizer is None else [variable.value for variable in optimizer.variables])
-    return [to_numpy(ops.stop_gradient(value)) for value in values]
-
-
-@pytest.mark.parametrize("of", ["inputs", "weights"])
-def test_gradient_penalty(of):
-    plain = penalized(of, None)
-    assert_differ(penalized(of, None, penalty=0.0), plain, 1e-2)
-    assert_close(penalized(of, paper_isaac(damping=HUGE)), plain, 1e-5)
-    conditioned = penalized(of, paper_isaac(damping=0.1))
-    assert all(np.isfinite(weight).all() for weight in conditioned)
+    plain = gradients(None)
+    capture_inputs(model)
+    assert_close(gradients(paper_isaac(damping=HUGE)), plain, 1e-5)
+    conditioned = gradients(paper_isaac(damping=0.1))
+    assert all(np.isfinite(gradient).all() for gradient in conditioned)
     assert_differ(conditioned, plain, 1e-2)
 
 
@@ -636,41 +600,29 @@ def adversaries():
     return with_random_weights(generator), with_random_weights(discriminator)
 
 
-def adversarial_losses(generator, discriminator, noise, real):
-    """The discriminator's and the generator's loss."""
+def adversarial_loss(place, generator, discriminator, noise, real):
+    """The generator's loss, or the discriminator's in the second place."""
     fake = discriminator(generator(noise, training=True), training=True)
-    real = discriminator(real, training=True)
-    return ops.mean(ops.softplus(-real) + ops.softplus(fake)), ops.mean(ops.softplus(-fake))
+    if place == 0:
+        return ops.mean(ops.softplus(-fake))
+    return ops.mean(ops.softplus(-discriminator(real, training=True)) + ops.softplus(fake))
 
 
 def play(optimizer, num_rounds=2):
-    """Weights of both after rounds of a loop of one's own; the optimizer is the discriminator's."""
+    """Weights of both after rounds of a custom loop; the optimizer is the discriminator's."""
     models, optimizers = adversaries(), (Adam(0.01), optimizer)
     random = np.random.default_rng(1)
     noise, real = (ops.convert_to_tensor(random.normal(size=(8, size)), "float32") for size in (4, 6))
-    variables = [model.trainable_variables for model in models]
-    steps = []
-    for place, (model, each) in enumerate(zip(models, optimizers, strict=True)):
+    for model, each in zip(models, optimizers, strict=True):
         capture_inputs(model)
         each.build(model.trainable_variables)
-
-        @jit
-        def step(values, optimizer_variables, place=place, each=each):
-            def loss(own):
-                mapping = zip(sum(variables, []), own + values[1] if place == 0 else values[0] + own, strict=True)  # noqa: RUF017
-                with keras.StatelessScope(list(mapping)):
-                    return adversarial_losses(*models, noise, real)[1 - place]
-
-            with each.conditioning(optimizer_variables) if isinstance(each, ISAAC) else contextlib.nullcontext():
-                return gradients_by(loss, values[place])
-
-        steps.append(step)
     after = []
     for _ in range(num_rounds):
-        for step, each, own in zip(steps, optimizers, variables, strict=True):
-            values = [[variable.value for variable in group] for group in variables]
-            gradients = step(values, [variable.value for variable in each.variables])
-            each.apply([ops.stop_gradient(gradient) for gradient in gradients], own)
+        for place, (model, each) in enumerate(zip(models, optimizers, strict=True)):
+            compute_loss = functools.partial(adversarial_loss, place, *models, noise, real)
+            isaac = each if isinstance(each, ISAAC) else None
+            gradients = loss_gradients(compute_loss, model.trainable_variables, isaac)
+            each.apply([ops.stop_gradient(gradient) for gradient in gradients], model.trainable_variables)
         after.append([weights(model) for model in models])
     return after
 
@@ -701,13 +653,9 @@ class Gan(keras.Model):
         for place, model in enumerate((self.generator, self.discriminator)):
             optimizer, variables = self.optimizers[place], model.trainable_variables
             scope = optimizer.conditioning() if isinstance(optimizer, ISAAC) else None
-
-            def compute_loss(place=place):
-                return adversarial_losses(self.generator, self.discriminator, noise, real)[1 - place]
-
-            loss, gradients = eager_gradients(compute_loss, variables, scope)
+            compute_loss = functools.partial(adversarial_loss, place, self.generator, self.discriminator, noise, real)
+            losses[model.name], gradients = eager_gradients(compute_loss, variables, scope)
             optimizer.apply(gradients, variables)
-            losses[model.name] = loss
         return losses
 
 
@@ -722,50 +670,37 @@ def test_a_gan_in_fit():
         assert_close(weights(part), theirs, 1e-4)
 
 
-def classifier(optimizer, capture=True):
-    """A scikit-learn classifier of captured models."""
-    keras.utils.set_random_seed(0)
-
-    def build(X, y):  # noqa: N803
-        model = mlp(features=X.shape[1], outputs=y.shape[1], width=16)
-        model = capture_inputs(model) if capture else model
-        model.compile(optimizer=optimizer(), loss=keras.losses.CategoricalCrossentropy(from_logits=True))
-        return model
-
-    return keras.wrappers.SKLearnClassifier(build, fit_kwargs={"epochs": 10, "batch_size": 16, "verbose": 0, "shuffle": False})
-
-
-def test_scikit_learn_classifier():
+@pytest.mark.parametrize("given", ["function", "model"])
+def test_scikit_learn_classifier(given):
+    """Of a function that returns a captured model, or of a captured model, of which the wrapper trains a copy."""
     pytest.importorskip("sklearn")
     inputs, targets = regression(64)
     labels = np.argmax(targets, axis=-1)
 
-    def after(*arguments):
-        return weights(classifier(*arguments).fit(inputs, labels).model_)
+    def fitted(optimizer):
+        # A copy has weights of its own.
+        keras.utils.set_random_seed(0)
 
-    plain = after(lambda: SGD(0.3), False)
-    assert_close(after(lambda: paper_isaac(0.3, HUGE)), plain, 1e-4)
-    isaac = classifier(lambda: paper_isaac(1.0, 0.1)).fit(inputs, labels)
-    assert_differ(weights(isaac.model_), plain, 1e-2)
+        def build(X, y):  # noqa: N803
+            loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+            return captured(optimizer, mlp(width=16), loss=loss)
+
+        options = {"epochs": 10, "batch_size": 16, "verbose": 0, "shuffle": False}
+        classifier = build if given == "function" else build(inputs, labels)
+        return keras.wrappers.SKLearnClassifier(classifier, fit_kwargs=options).fit(inputs, labels)
+
+    plain, huge, isaac = map(fitted, (SGD(0.3), paper_isaac(0.3, HUGE), paper_isaac(1.0, 0.1)))
+    assert_close(weights(huge.model_), weights(plain.model_), 1e-4)
+    assert_differ(weights(isaac.model_), weights(plain.model_), 1e-2)
     assert isaac.score(inputs, labels) > 0.9
+    assert [status.reason for status in kernel_status(isaac.model_)] == [None] * 2
 
 
-def test_scikit_learn_classifier_of_a_captured_model():
-    """Scikit-learn's wrapper trains a copy of it."""
-    pytest.importorskip("sklearn")
-    inputs, targets = regression(64)
-    labels = np.argmax(targets, axis=-1)
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(0.3, 0.1), loss=keras.losses.CategoricalCrossentropy(from_logits=True))
-    fitted = keras.wrappers.SKLearnClassifier(model, fit_kwargs={"epochs": 2, "verbose": 0}).fit(inputs, labels)
-    assert [status.reason for status in kernel_status(fitted.model_)] == [None] * 2
-
-
-# Building is the user's and Keras'.
+# Models that are built in their first step.
 
 
 class Diffusion(OwnStep, keras.Model):
-    """Called with two inputs, and in its step only: nobody else can build it."""
+    """Called with two inputs, and only in its step, which therefore builds it."""
 
     def __init__(self):
         super().__init__()
@@ -793,7 +728,7 @@ def test_a_model_that_only_its_own_step_can_call(run_eagerly):
 
 
 class Teacher(keras.Model):
-    """Meets a layer in its loss that its `call` does not."""
+    """Calls a layer in its loss, and not in its `call`."""
 
     def __init__(self):
         super().__init__()
@@ -812,7 +747,7 @@ class Teacher(keras.Model):
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.filterwarnings("ignore:`build.*was called on layer:UserWarning")
-def test_variables_that_come_into_being_after_the_call(built, several, run_eagerly):
+def test_variables_that_are_created_after_the_call(built, several, run_eagerly):
     def after(optimizer, capture):
         keras.utils.set_random_seed(0)
         model = Teacher()
