@@ -9,7 +9,7 @@ import pytest
 from cases import assert_conditioned
 from harness import each_mode, normal, paper_isaac, plain_and_conditioned, to_numpy
 from keras import layers, ops
-from models import captured, fit, keras_hub
+from models import captured, fit
 from oracle import relative_error
 from readings import Calling, dense, embedding, lora
 
@@ -133,27 +133,6 @@ def test_a_model_quantized_and_captured_in_either_order_trains_alike(mode):
     second = train(lambda model: (quantize(model), capture_inputs(model)))
     for ours, theirs in zip(first, second, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-
-
-@without_warnings
-def test_a_quantized_backbone_trains():
-    hub = keras_hub()
-    keras.utils.set_random_seed(0)
-    backbone = hub.models.GPT2Backbone(
-        vocabulary_size=16, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=16, max_sequence_length=6, dropout=0.0
-    )
-    backbone.quantize("int8")
-    backbone.enable_lora(2)
-    inputs = backbone.input
-    model = capture_inputs(keras.Model(inputs, layers.Dense(3)(backbone(inputs)[:, -1])))
-    trained = [status for status in kernel_status(model) if status.trainable]
-    assert len(trained) > 2
-    assert [status.path for status in trained if status.reason] == []
-    model.compile(optimizer=paper_isaac(0.1, damping=0.3), loss="mse")
-    random = np.random.default_rng(0)
-    tokens = {"token_ids": random.integers(0, 16, (8, 6)), "padding_mask": np.ones((8, 6), "int32")}
-    losses = fit(model, (tokens, random.normal(size=(8, 3))), epochs=4).history["loss"]
-    assert losses[-1] < losses[0]
 
 
 def quantized_by(mode):

@@ -4,14 +4,13 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from cases import expected_gradient
+from cases import PRODUCTS, data, each_case, expected_gradient
 from harness import each_mode, normal, paper_isaac, run
 from keras import layers
 from oracle import relative_error
-from readings import dense, einsum
 from test_rows import sums
 
-from keras_isaac import ISAAC, capture_inputs
+from keras_isaac import capture_inputs
 
 DAMPING, OUTPUT_DAMPING = 0.3, 40.0
 
@@ -28,43 +27,22 @@ def expected(rows, matrix_of, plain, output_gradients):
     return result.reshape(plain.shape)
 
 
-def one_group(gradient):
-    return gradient.reshape(1, -1, gradient.shape[-1])
+CASES = ("dense-fewer-rows", "dense-more-rows", "dense-wide-output-no-bias", "dense-sequence", "dense-tanh", "einsum-groups")
 
 
-CASES = {
-    "dense-fewer-rows": (lambda: layers.Dense(5), (4, 7), dense, one_group),
-    "dense-more-rows": (lambda: layers.Dense(5), (11, 7), dense, one_group),
-    "dense-wide-output": (lambda: layers.Dense(19), (11, 7), dense, one_group),
-    "dense-sequence": (lambda: layers.Dense(5), (2, 3, 9), dense, one_group),
-    "dense-tanh": (lambda: layers.Dense(5, activation="tanh"), (4, 7), dense, one_group),
-    "einsum-groups": (
-        lambda: layers.EinsumDense("abc,bcd->abd", (3, 4)),
-        (6, 3, 5),
-        einsum((1,), (0,), (2,), (0,), (1,), (2,)),
-        lambda gradient: gradient.transpose(1, 0, 2),
-    ),
-}
-
-
-# Of each kind of layer one.
-OFTEN = ("compiled-dense-fewer-rows", "compiled-einsum-groups")
-
-
-@pytest.mark.parametrize("case", CASES)
+@each_case([case for case in PRODUCTS if case.id in CASES])
 @each_mode
-@pytest.mark.often(*OFTEN)
+@pytest.mark.often("compiled-dense-fewer-rows", "compiled-einsum-groups")
 def test_conditions_both_sides(case, compiled):
-    layer, shape, read, rows_of = CASES[case]
-    layer = layer()
-    layer.build(shape)
-    inputs, cotangent = normal(shape, layer.compute_output_shape(shape))
+    layer, inputs, cotangent = data(case)
     plain = run(layer, inputs, cotangent, compiled=compiled)
     gradient = cotangent * (1 - plain.outputs**2) if layer.activation is keras.activations.tanh else cotangent
+    # [rows, groups, out] -> [groups, rows, out]
+    groups = np.swapaxes(gradient, 0, 1) if case.id == "einsum-groups" else gradient.reshape(1, -1, gradient.shape[-1])
     optimizer = paper_isaac(damping=DAMPING, output_damping=OUTPUT_DAMPING)
     conditioned = run(capture_inputs(layer), inputs, cotangent, optimizer, compiled)
-    rows, matrix_of = read(layer, inputs)[id(layer.kernel)]
-    formula = expected(rows, matrix_of, plain.gradients[0], rows_of(gradient.astype("float64")))
+    rows, matrix_of = case.read(layer, inputs)[id(layer.kernel)]
+    formula = expected(rows, matrix_of, plain.gradients[0], groups.astype("float64"))
     assert relative_error(conditioned.gradients[0], formula) < 2e-5
     assert relative_error(conditioned.outputs, plain.outputs) < 1e-6
     assert relative_error(conditioned.input_gradient, plain.input_gradient) < 1e-6
@@ -125,9 +103,7 @@ def test_the_scale_of_the_loss_is_divided_out():
     assert relative_error(*kernels) < 1e-5
 
 
-def test_is_saved_and_checked():
-    assert ISAAC.from_config(paper_isaac(output_damping=0.5).get_config()).output_damping == 0.5
-    assert paper_isaac().output_damping is None
+def test_error_output_damping_that_is_no_positive_number():
     for wrong in (0, -1.0, np.inf, True, "big"):
         with pytest.raises(ValueError, match="`output_damping` must be a finite number above 0 or `None`"):
             paper_isaac(output_damping=wrong)
