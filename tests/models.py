@@ -127,11 +127,27 @@ def assert_close(actual, expected, tolerance=1e-6):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(np.abs(theirs).max(), 1e-30))
 
 
-def assert_only_damping_matters(after, tolerance=1e-5, at_least=1e-3):
-    """`after(optimizer, capture)` returns weights: at a huge damping those of plain SGD, at a small one others."""
+def assert_only_damping_matters(make, data=None, wrap=lambda optimizer: optimizer, compile_options=None, **fit_options):
+    """At a huge damping, a captured model trains as the plain one does under SGD; at a small one, it does not.
+
+    Args:
+        make: function that returns a model.
+        data: inputs and targets. Defaults to `None`: `regression()`.
+        wrap: function that returns an optimizer around the given one.
+        compile_options: dictionary of arguments of `compile`.
+        **fit_options: arguments of `fit`.
+    """
+
+    def after(optimizer, capture):
+        keras.utils.set_random_seed(0)
+        model = capture(make())
+        model.compile(optimizer=wrap(optimizer), **{"loss": "mse", **(compile_options or {})})
+        fit(model, data or regression(), **fit_options)
+        return [to_numpy(weight) for weight in model.weights]
+
     plain = after(keras.optimizers.SGD(0.1), lambda model: model)
-    assert_close(after(paper_isaac(0.1, 1e8), capture_inputs), plain, tolerance)
-    assert_differ(after(paper_isaac(0.1, 0.1), capture_inputs), plain, at_least)
+    assert_close(after(paper_isaac(0.1, 1e8), capture_inputs), plain, 1e-5)
+    assert_differ(after(paper_isaac(0.1, 0.1), capture_inputs), plain, 1e-3)
 
 
 def assert_differ(actual, expected, at_least=1e-4):
