@@ -395,10 +395,7 @@ def test_copies_are_captured_as_the_model_was(copied, options, wrap):
     other = COPIES[copied](model)
     assert chosen(other) == [not options, True]
     assert copied != "clone" or other.get_config() == model.get_config()
-    other.set_weights(model.get_weights())
-    fit(model, regression())
     fit(other, regression())
-    assert_close(weights(other), weights(model), 0)
 
 
 @pytest.mark.parametrize("copied", COPIES)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
+from cases import relative_unit
 from harness import BACKEND, IS_COMPILED, conditioned_gradient, each_mode, normal, paper_isaac, to_numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -104,14 +105,21 @@ def test_theorem_isaac_is_kfac_as_the_output_damping_grows():
 @pytest.mark.parametrize("shape", [(6, 9), (12, 7), (5, 5), (1, 4)], ids=str)
 @pytest.mark.parametrize("outputs", [3, 8, 30])
 @pytest.mark.parametrize("output_damping", [1e-3, 0.3, 1e9])
-def test_two_parameter_method_is_the_papers_with_the_empirical_fisher(shape, outputs, output_damping):
+@pytest.mark.parametrize(
+    "options", [{}, {"relative_damping": True}, {"relative_damping": True, "preserve_norm": True}], ids=str
+)
+def test_two_parameter_method_is_the_papers_with_the_empirical_fisher(shape, outputs, output_damping, options):
     rows, per_sample = normal(shape, (shape[0], outputs))
-    actual = conditioned_gradient(rows, per_sample / np.float32(shape[0]), 0.3, output_damping)
-    expected = oracle.kfac_gradient(rows, per_sample, 0.3, output_damping)
+    plain = rows.T.astype("float64") @ per_sample / shape[0]
+    actual = conditioned_gradient(rows, per_sample / np.float32(shape[0]), 0.3, output_damping, **options)
+    units = (relative_unit(rows), relative_unit(per_sample)) if options else (1, 1)
+    expected = oracle.kfac_gradient(rows, per_sample, 0.3 * units[0], output_damping * units[1])
     # The outputs' side conditions the finished gradient: what float32 lost of the longer one is part of the shorter.
-    shortening = np.linalg.norm(rows.T @ per_sample / shape[0]) / np.linalg.norm(expected)
+    shortening = np.linalg.norm(plain) / np.linalg.norm(expected)
+    if "preserve_norm" in options:
+        expected *= shortening
     assert relative_error(actual, expected) < 1e-5 + 2.0**-18 * shortening
-    assert np.sum(actual * (rows.T @ per_sample)) > 0
+    assert np.sum(actual * plain) > 0
 
 
 def test_theorem_both_dampings_vanishing_give_kfacs_step():

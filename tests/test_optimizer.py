@@ -137,20 +137,6 @@ def test_huge_damping_is_the_inner_optimizer(inner):
     assert_differ(trained(paper_isaac(damping=0.1, inner_optimizer=name, **arguments), capture_inputs, epochs=3), plain)
 
 
-def test_gradient_accumulation_averages_conditioned_gradients():
-    data = regression()
-    accumulated = trained(paper_isaac(damping=0.1, gradient_accumulation_steps=3), capture_inputs, data)
-    model = captured(paper_isaac(learning_rate=1.0, damping=0.1))
-    start, mean_step = weights(model), 0.0
-    for batch in range(3):
-        for weight, value in zip(model.trainable_variables, start, strict=True):
-            weight.assign(value)
-        model.train_on_batch(data[0][16 * batch :][:16], data[1][16 * batch :][:16])
-        mean_step += np.concatenate([(a - b).ravel() for a, b in zip(weights(model), start, strict=True)]) / 3
-    step = np.concatenate([(a - b).ravel() for a, b in zip(accumulated, start, strict=True)])
-    np.testing.assert_allclose(step, 0.1 * mean_step, atol=1e-6)
-
-
 def test_iterations_are_the_inner_optimizers():
     model = captured(paper_isaac())
     fit(model, regression(), epochs=2)

@@ -7,6 +7,7 @@ import pytest
 from cases import PRODUCTS, data, each_case, expected_gradient
 from harness import each_mode, normal, paper_isaac, run
 from keras import layers
+from models import assert_close, trained
 from oracle import relative_error
 from test_rows import sums
 
@@ -91,16 +92,15 @@ def test_error_output_damping_where_no_one_product_has_the_gradient(make, shape,
         run(capture_inputs(layer), inputs, outputs, paper_isaac(output_damping=1.0, **options))
 
 
-def test_the_scale_of_the_loss_is_divided_out():
-    x, y = normal((8, 5), (8, 3))
-    kernels = []
-    for wrap in (lambda optimizer: optimizer, lambda optimizer: keras.optimizers.LossScaleOptimizer(optimizer, 2.0**8)):
-        model = keras.Sequential([keras.Input((5,)), layers.Dense(4, "tanh"), layers.Dense(3)])
-        model.set_weights([np.random.default_rng(1).normal(size=weight.shape) for weight in model.weights])
-        capture_inputs(model).compile(optimizer=wrap(paper_isaac(damping=0.3, output_damping=0.1)), loss="mse")
-        model.fit(x, y, epochs=3, verbose=0)
-        kernels.append(np.concatenate([weight.ravel() for weight in model.get_weights()]))
-    assert relative_error(*kernels) < 1e-5
+@pytest.mark.parametrize("relative_damping", [False, True])
+def test_the_scale_of_the_loss_is_divided_out(relative_damping):
+    options = {"damping": 0.3, "output_damping": 0.1, "relative_damping": relative_damping}
+    data = normal((8, 6), (8, 3))
+    plain, scaled = (
+        trained(wrap(paper_isaac(**options)), capture_inputs, data, epochs=3)
+        for wrap in (lambda optimizer: optimizer, lambda optimizer: keras.optimizers.LossScaleOptimizer(optimizer, 2.0**8))
+    )
+    assert_close(scaled, plain, 1e-5)
 
 
 def test_error_output_damping_that_is_no_positive_number():

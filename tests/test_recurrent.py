@@ -6,11 +6,11 @@ import pytest
 from cases import FEATURES, MASK, SAMPLES, SEQUENCES, STEPS, UNITS, Case, assert_conditioned, data, stacked
 from harness import BACKEND, gradients_by, normal, paper_isaac, run, slow_but_on_torch, to_numpy
 from keras import layers
-from models import captured, fit, weights, with_random_weights
+from models import assert_only_damping_matters, captured, fit, weights, with_random_weights
 from oracle import relative_error
 from readings import Calling, dense, loop, lora, one_group, recurrent
 from test_callbacks import expected_spectrum
-from test_derivatives import gradients
+from test_derivatives import check
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status, summary
 from keras_isaac.callbacks import CurvatureMonitor
@@ -99,11 +99,7 @@ def test_every_part_of_a_gradient_is_conditioned_once_where_the_loss_holds_deriv
         function = keras.ops.square if holds_outputs else lambda outputs: outputs
         return keras.ops.sum(keras.ops.square(gradients_by(lambda x: keras.ops.sum(cotangent * function(call(x))), x)))
 
-    plain, reading = gradients(layer, inputs, loss), recurrent(layer, inputs)
-    optimizer = paper_isaac(damping=0.3)
-    optimizer.build(layer.trainable_variables)
-    actual = gradients(capture_inputs(layer), inputs, loss, optimizer)
-    assert_conditioned(layer, reading, plain, actual, 0.3, 1e-4)
+    check(layer, inputs, loss, recurrent(layer, inputs))
 
 
 def fixed_dropout(cell, seed=0):
@@ -157,21 +153,11 @@ def test_rows_are_what_a_shared_dropout_mask_leaves():
     ids=["lstm", "gru", "stateful", "stack"],
 )
 def test_dropout_and_state_are_the_plain_layers(make):
-    losses, states = [], []
-    for capture in (lambda model: model, capture_inputs):
-        keras.utils.clear_session()
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input(batch_shape=(4, STEPS, FEATURES)), make(), layers.Dense(1)])
-        with_random_weights(model)
-        optimizer = paper_isaac(0.1, damping=1e9) if capture is capture_inputs else keras.optimizers.SGD(0.1)
-        capture(model).compile(optimizer=optimizer, loss="mse")
-        inputs = np.random.default_rng(1).normal(size=(8, STEPS, FEATURES)).astype("float32")
-        losses.append(fit(model, (inputs, inputs[:, 0, :1]), batch_size=4, epochs=2).history["loss"])
-        states.append([to_numpy(variable) for variable in model.layers[0].states or []])
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
-    for ours, theirs in zip(*states, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    assert losses[1][0] != losses[1][1]
+    def network():
+        return with_random_weights(keras.Sequential([keras.Input(batch_shape=(4, STEPS, FEATURES)), make(), layers.Dense(1)]))
+
+    inputs, targets = normal((8, STEPS, FEATURES), (8, 1))
+    assert_only_damping_matters(network, (inputs, targets), batch_size=4, epochs=2)
 
 
 def network():

@@ -1,9 +1,8 @@
 """A damping in units of the mean eigenvalue, and a conditioned gradient of the plain gradient's norm."""
 
 import numpy as np
-import oracle
 import pytest
-from cases import OFTEN, assert_conditioned, data, each_case, relative_unit
+from cases import OFTEN, assert_conditioned, data, each_case
 from harness import BACKEND, conditioned_gradient, normal, paper_isaac, run
 from keras import layers, ops
 from oracle import relative_error
@@ -48,19 +47,6 @@ def test_a_norm_whose_square_overflows_is_not_preserved_and_nothing_is_lost(shap
     assert np.isfinite(conditioned_gradient(np.ones(shape[:2]), 1e22 * np.ones(shape[::2]), 1e-6, preserve_norm=True)).all()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_sides_of_the_two_parameter_method_are_relative_and_preserve_the_norm(shape):
-    random = np.random.default_rng(1)
-    rows, per_sample = (random.normal(size=(shape[0], size)) for size in shape[1:])
-    damping, output_damping = 0.3 * relative_unit(rows), 2.0 * relative_unit(per_sample)
-    expected = oracle.kfac_gradient(rows, per_sample, damping, output_damping)
-    arguments = (rows, per_sample / shape[0], 0.3, 2.0)
-    assert relative_error(conditioned_gradient(*arguments, relative_damping=True), expected) < 1e-5
-    actual = conditioned_gradient(*arguments, relative_damping=True, preserve_norm=True)
-    plain = rows.T @ per_sample / shape[0]
-    assert relative_error(actual, expected * (np.linalg.norm(plain) / np.linalg.norm(expected))) < 1e-5
-
-
 @pytest.mark.parametrize("kind", ["equal rows", "nearly equal rows", "features of many scales"])
 @pytest.mark.parametrize("shape", [(8, 20, 5), (60, 80, 100)], ids=str)
 def test_the_norm_is_kept_where_rows_depend_on_each_other(kind, shape):
@@ -82,22 +68,6 @@ def test_what_vanishes_leaves_a_gradient_that_vanishes(shape, zeros):
     rows, gradient = normal(shape[:2], shape[::2], seed=2)
     rows, gradient = rows * (zeros == "gradient"), gradient * (zeros == "rows")
     assert not conditioned_gradient(rows, gradient, 1.0, relative_damping=True, preserve_norm=True).any()
-
-
-@pytest.mark.parametrize(
-    "layer", [lambda: layers.Dense(5), lambda: layers.EinsumDense("abc,cd->abd", (7, 4))], ids=["dense", "einsum"]
-)
-def test_scale_of_the_loss_is_a_factor_of_the_relative_two_parameter_method(layer):
-    inputs = np.random.default_rng(3).normal(size=(3, 7, 2)).astype("float32")
-    layer = capture_inputs(layer())
-    shape = layer.compute_output_shape(inputs.shape)
-    cotangent = np.random.default_rng(4).normal(size=shape).astype("float32")
-    gradients = [
-        run(layer, inputs, scale * cotangent, paper_isaac(relative_damping=True, output_damping=0.5, **options)).gradients[0]
-        / scale
-        for scale, options in ((1, {}), (1024, {"loss_scale_factor": 1024}))
-    ]
-    assert relative_error(*gradients) < 1e-5
 
 
 @pytest.mark.parametrize("flag", ["relative_damping", "preserve_norm", "per_replica"])
