@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import OFTEN, PRODUCTS, Case, assert_conditioned, data, each_case
-from harness import BACKEND, gradients_by, loss_gradients, paper_isaac, to_numpy
+from harness import BACKEND, gradients_by, loss_gradients, normal, paper_isaac, to_numpy
 from keras import layers, ops
 from oracle import relative_error
 from readings import dense
@@ -138,8 +138,7 @@ def test_forward_mode_over_forward_and_reverse_mode(case):
 @pytest.mark.parametrize("options", [{}, {"preserve_norm": True}], ids=["", "norm"])
 def test_a_mapped_call_is_conditioned_on_its_own_rows(rows, options):
     layer, _, _ = data(Case("", lambda: layers.Dense(5, use_bias=False), (rows, 7), dense))
-    random = np.random.default_rng(1)
-    inputs, cotangent = (random.normal(size=(3, rows, size)).astype("float32") for size in (7, 5))
+    inputs, cotangent = normal((3, rows, 7), (3, rows, 5), seed=1)
     optimizer = paper_isaac(damping=DAMPING, **options)
     optimizer.build(layer.trainable_variables)
     capture_inputs(layer)

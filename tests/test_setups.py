@@ -17,7 +17,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import CASES, data, each_case, expected_gradient
-from harness import BACKEND, eager_gradients, gradients_by, loss_gradients, paper_isaac, run, run_python, to_numpy
+from harness import BACKEND, eager_gradients, gradients_by, loss_gradients, normal, paper_isaac, run, run_python, to_numpy
 from keras import layers, ops
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
 from models import (
@@ -611,8 +611,7 @@ def adversarial_loss(place, generator, discriminator, noise, real):
 def play(optimizer, num_rounds=2):
     """Weights of both after rounds of a custom loop; the optimizer is the discriminator's."""
     models, optimizers = adversaries(), (Adam(0.01), optimizer)
-    random = np.random.default_rng(1)
-    noise, real = (ops.convert_to_tensor(random.normal(size=(8, size)), "float32") for size in (4, 6))
+    noise, real = map(ops.convert_to_tensor, normal((8, 4), (8, 6)))
     for model, each in zip(models, optimizers, strict=True):
         capture_inputs(model)
         each.build(model.trainable_variables)
@@ -663,8 +662,7 @@ class Gan(keras.Model):
 def test_a_gan_in_fit():
     model = capture_inputs(Gan(paper_isaac(0.1, 0.1)))
     model.compile()
-    random = np.random.default_rng(1)
-    fit(model, [random.normal(size=(8, size)).astype("float32") for size in (4, 6)], epochs=2)
+    fit(model, normal((8, 4), (8, 6)), epochs=2)
     expected = play(paper_isaac(0.1, 0.1))[-1]
     for part, theirs in zip((model.generator, model.discriminator), expected, strict=True):
         assert_close(weights(part), theirs, 1e-4)

@@ -7,7 +7,7 @@ import pytest
 from cases import OFTEN, data, each_case
 from harness import paper_isaac
 from keras import layers
-from models import captured, mlp, sequence_network, sequences
+from models import assert_close, captured, mlp, sequence_network, sequences, weights
 
 import keras_isaac
 from keras_isaac import capture_inputs, kernel_status
@@ -226,14 +226,13 @@ def test_a_subclassed_model_and_shared_layers():
     with pytest.raises(ValueError, match=r"`summary` needs a model that is built\. Give '.*' an `Input`, or call it"):
         keras_isaac.summary(model)
     model(tokens)
-    before = [keras.ops.convert_to_numpy(weight) for weight in model.weights]
+    before = weights(model)
     table, unused, top = keras_isaac.summary(capture_inputs(model), batch_size=8)
     assert (table.form, table.rows, table.added) == ("diagonal", 32, 9 + 32 * 3)
     assert unused.reason == "not called in training"
     assert (top.calls, top.rows, top.multiplications) == (2, 32, 2 * 3 * 32 * 3 * 3)
     assert top.added == 2 * (32 * 3**2 + 3**3 + 3**2 * 3)
-    for weight, value in zip(model.weights, before, strict=True):
-        np.testing.assert_array_equal(keras.ops.convert_to_numpy(weight), value)
+    assert_close(weights(model), before, 0)
 
 
 def test_unknown_sizes():

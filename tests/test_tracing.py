@@ -5,9 +5,9 @@ import contextlib
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, eager_gradients, loss_gradients, paper_isaac, to_numpy
+from harness import BACKEND, eager_gradients, loss_gradients, normal, paper_isaac, to_numpy
 from keras import ops
-from oracle import relative_error
+from models import assert_close, weights
 
 from keras_isaac import capture_inputs
 
@@ -56,8 +56,7 @@ class InFlow(keras.layers.Layer):
 @pytest.mark.often("dense-*", "lora-cond")
 def test_a_layer_in_control_flow_is_conditioned_as_outside_of_it(kind, flow):
     make_layer, shape = KINDS[kind]
-    random = np.random.default_rng(0)
-    inputs, targets = (random.normal(size=shape).astype("float32") for _ in range(2))
+    inputs, targets = normal(shape, shape)
 
     def step(function):
         keras.utils.set_random_seed(0)
@@ -67,10 +66,9 @@ def test_a_layer_in_control_flow_is_conditioned_as_outside_of_it(kind, flow):
             layer.enable_lora(2)
         capture_inputs(model).compile(paper_isaac(0.1, damping=0.1), loss="mse", jit_compile=BACKEND == "jax")
         model.train_on_batch(inputs, targets)
-        return [to_numpy(weight) for weight in model.trainable_variables]
+        return weights(model)
 
-    for ours, theirs in zip(*map(step, FLOWS[flow]), strict=True):
-        assert relative_error(ours, theirs) < 1e-6
+    assert_close(*map(step, FLOWS[flow]))
 
 
 def gradients_of_a_loop(run_block, is_inside):
@@ -83,7 +81,7 @@ def gradients_of_a_loop(run_block, is_inside):
     optimizer = paper_isaac(damping=0.05)
     variables = [variable for layer in layers for variable in layer.trainable_variables]
     optimizer.build(variables)
-    inputs = ops.convert_to_tensor(np.random.default_rng(0).normal(size=(16, 6)).astype("float32"))
+    inputs = ops.convert_to_tensor(normal((16, 6))[0])
 
     def loss(inputs):
         return ops.mean(layers[2](run_block(lambda x: layers[1](layers[0](x)), inputs)) ** 2)
@@ -102,11 +100,8 @@ def plainly(block, inputs):
 def test_recomputation_by_tensorflow_is_conditioned(is_inside):
     import tensorflow as tf
 
-    expected = gradients_of_a_loop(plainly, True)
-    for actual, theirs in zip(
-        gradients_of_a_loop(lambda block, inputs: tf.recompute_grad(block)(inputs), is_inside), expected, strict=True
-    ):
-        np.testing.assert_array_equal(actual, theirs)
+    recomputed = gradients_of_a_loop(lambda block, inputs: tf.recompute_grad(block)(inputs), is_inside)
+    assert_close(recomputed, gradients_of_a_loop(plainly, True), 0)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="`torch.utils.checkpoint`")
@@ -117,8 +112,7 @@ def test_recomputation_by_torch_is_conditioned_inside_of_the_scope_and_an_error_
     def run_block(block, inputs):
         return checkpoint(block, inputs.requires_grad_(), use_reentrant=use_reentrant)
 
-    for actual, theirs in zip(gradients_of_a_loop(run_block, True), gradients_of_a_loop(plainly, True), strict=True):
-        np.testing.assert_array_equal(actual, theirs)
+    assert_close(gradients_of_a_loop(run_block, True), gradients_of_a_loop(plainly, True), 0)
     with pytest.raises(ValueError, match=r"Call `loss.backward\(\)` inside `with optimizer.conditioning\(\):`"):
         gradients_of_a_loop(run_block, False)
 
@@ -129,7 +123,7 @@ def test_recomputation_by_torch_is_conditioned_inside_of_the_scope_and_an_error_
 def test_a_forward_pass_that_the_user_traces_is_conditioned_inside_of_the_scope_alone(transform, is_traced_outside_first):
     import jax
 
-    inputs = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+    inputs = normal((16, 6))[0]
 
     def gradients(transform):
         keras.utils.set_random_seed(0)
@@ -146,8 +140,7 @@ def test_a_forward_pass_that_the_user_traces_is_conditioned_inside_of_the_scope_
         return [list(map(to_numpy, loss_gradients(loss, variables, scope))) for scope in scopes]
 
     for actual, expected in zip(gradients(getattr(jax, transform)), gradients(lambda function: function), strict=True):
-        for ours, theirs in zip(actual, expected, strict=True):
-            assert relative_error(ours, theirs) < 1e-6
+        assert_close(actual, expected)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="`tf.function` on `call`")
@@ -179,16 +172,15 @@ def test_a_call_that_is_a_tf_function_is_conditioned_as_any_other(kind, predicts
         model = Block() if kind == "model" else keras.Sequential([keras.Input((6,)), Block()])
         model.build((None, 6))
         capture_inputs(model).compile(paper_isaac(0.1, damping=0.1), loss="mse", run_eagerly=run_eagerly)
-        inputs = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+        inputs = normal((16, 6))[0]
         if predicts_first:
             model.predict(inputs, verbose=0)
         model.train_on_batch(inputs, inputs[:, :2])
         model.evaluate(inputs, inputs[:, :2], verbose=0)
         model.train_on_batch(inputs, inputs[:, :2])
-        return [to_numpy(weight) for weight in model.trainable_variables]
+        return weights(model)
 
-    for ours, theirs in zip(train(tf.function), train(lambda function: function), strict=True):
-        assert relative_error(ours, theirs) < 1e-6
+    assert_close(train(tf.function), train(lambda function: function))
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="`jax.shard_map`")
@@ -211,7 +203,7 @@ def test_a_step_in_shard_map_with_checked_axes_is_conditioned(kind, options):
         [variable.value for variable in variables]
         for variables in (layer.trainable_variables, layer.non_trainable_variables, optimizer.variables)
     )
-    inputs = np.random.default_rng(0).normal(size=shape).astype("float32")
+    inputs = normal(shape)[0]
 
     def gradients(weights, state, optimizer_variables, inputs):
         def loss(weights):
@@ -230,5 +222,5 @@ def test_a_step_in_shard_map_with_checked_axes_is_conditioned(kind, options):
         check_vma=True,
     )
     arguments = weights, state, optimizer_variables, inputs
-    for ours, theirs in zip(jax.jit(sharded)(*arguments), jax.jit(gradients)(*arguments), strict=True):
-        assert relative_error(to_numpy(ours), to_numpy(theirs)) < 1e-6
+    ours, theirs = (list(map(to_numpy, jax.jit(function)(*arguments))) for function in (sharded, gradients))
+    assert_close(ours, theirs)
