@@ -32,6 +32,7 @@ from models import (
     numpy_training,
     oracle_fit,
     regression,
+    sequences,
     trained,
     weights,
     with_random_weights,
@@ -174,27 +175,27 @@ def test_dtype_policies_of_single_layers():
 # Compilation; see also `test_training.py`.
 
 
-def image_model(mode, names):
-    """Layers with kernels that are recomputed in this mode, for `"full"` the model too."""
-    options = {"layer_names": names, "output_size_threshold": 60}
-    with keras.RematScope(mode=mode, **options):
-        conv = layers.Conv2D(8, 3, activation="tanh", name="conv")
-        dense = layers.Dense(8, activation="tanh", name="dense")
-        einsum = layers.EinsumDense("abc,cd->abd", (16, 6), activation="tanh", name="einsum")
-        head = layers.Dense(3, name="head")
+def token_model(mode, names):
+    """Layers with kernels that are recomputed in this mode, for `"full"` the model too, some of them on masked sequences."""
+    tokens = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(9, 6, mask_zero=True)(tokens)
+    # In the mode "larger_than", Keras fails at both.
+    reshape, flatten = layers.Reshape((6, 1)), layers.Flatten()
+    with keras.RematScope(mode=mode, layer_names=names, output_size_threshold=10):
+        x = layers.Dense(6, activation="tanh", name="dense")(x)
+        x = layers.MultiHeadAttention(2, 3, name="attention")(x, x)
+        x = layers.Conv1D(4, 3, activation="tanh", name="conv")(reshape(layers.GlobalAveragePooling1D()(x)))
+        outputs = layers.Dense(3, name="head")(flatten(x))
     with keras.RematScope(mode=mode if mode == "full" else None):
-        stack = [conv, layers.Reshape((16, 8)), dense, einsum, layers.GlobalAveragePooling1D(), head]
-        model = keras.Sequential([keras.Input((6, 6, 2)), *stack])
-    return with_random_weights(model)
+        return with_random_weights(keras.Model(tokens, outputs))
 
 
 @functools.cache
-def remat_run(is_conditioned, run_eagerly, mode=None, names=("conv", "einsum", "head")):
-    """Weights after four steps of the captured image model."""
+def remat_run(is_conditioned, run_eagerly, mode=None, names=("dense", "attention", "conv", "head")):
+    """Weights after four steps of the captured model."""
     optimizer = paper_isaac(0.1, damping=0.1) if is_conditioned else SGD(0.1)
-    model = captured(optimizer, image_model(mode, list(names)), run_eagerly=run_eagerly)
-    images = np.random.default_rng(1).normal(size=(32, 6, 6, 2)).astype("float32")
-    fit(model, (images, regression(32)[1]), epochs=2)
+    model = captured(optimizer, token_model(mode, list(names)), run_eagerly=run_eagerly)
+    fit(model, sequences(32, length=5, vocabulary=9), epochs=2)
     return weights(model)
 
 
@@ -211,27 +212,7 @@ def test_recomputed_layers_train_as_others(mode, run_eagerly):
     assert_close(remat_run(False, run_eagerly, *mode), plain, 1e-5)
     conditioned = remat_run(True, run_eagerly, *mode)
     assert_close(conditioned, remat_run(True, run_eagerly), 1e-5)
-    assert_differ(conditioned, plain, 1e-2)
-
-
-@pytest.mark.often("full")
-@pytest.mark.parametrize("mode", ["full", "list_of_layers"])
-def test_recomputed_layers_see_the_masks(mode):
-    """Positions of padding are no rows, also where Keras loses the mask on the way."""
-    tokens = np.random.default_rng(0).integers(0, 9, size=(16, 5)).astype("int32")
-
-    def after(mode):
-        with keras.RematScope(mode=mode, layer_names=["projection", "attention"]):
-            inputs = keras.Input((5,), dtype="int32")
-            hidden = layers.Embedding(9, 6, mask_zero=True)(inputs)
-            hidden = layers.Dense(6, activation="tanh", name="projection")(hidden)
-            hidden = layers.MultiHeadAttention(2, 3, name="attention")(hidden, hidden)
-            model = keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(hidden)))
-            model = captured(paper_isaac(0.1, damping=0.1), with_random_weights(model), run_eagerly=BACKEND == "tensorflow")
-            fit(model, (tokens, regression(16)[1]), epochs=3)
-        return weights(model)
-
-    assert_close(after(mode), after(None), 1e-5)
+    assert_differ(conditioned, plain, 1e-3)
 
 
 @pytest.mark.parametrize("scope", ["layers", "model"])
