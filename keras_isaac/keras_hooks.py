@@ -1,4 +1,4 @@
-"""All code that patches Keras: training steps, calls, building, recomputation, masks, compiling and saving.
+"""All code that patches Keras or looks into its objects: steps, optimizers, calls, building, recomputation, masks, saving.
 
 One patch is of a class: `keras.Model.make_train_function` checks that no model trains with `ISAAC` that was not captured. All
 others are of instances, so that they keep their class.
@@ -17,6 +17,7 @@ Each line states one assumption about Keras and names the test in `tests/test_ho
 - It is built by the `build` of the instance, before its `call`: `test_a_layer_is_built_by_the_build_of_the_instance`.
 - It is recomputed by the `rematerialized_call` of the instance: `test_recomputation_runs_the_rematerialized_call`.
 - Copies and files ask the instance for `get_compile_config`: `test_copies_ask_for_the_compile_config_of_the_instance`.
+- An optimizer that holds others has them in its attributes: `test_found_inside_other_optimizers`, of `test_optimizer.py`.
 - The garbage collector knows every model: `test_every_model_of_an_optimizer_is_found`.
 
 Private attributes of Keras that the package relies on:

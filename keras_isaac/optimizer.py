@@ -280,8 +280,7 @@ class ISAAC(keras.optimizers.Optimizer):
     @property
     def loss_scale_factor(self) -> float | None:
         """The inner optimizer's static loss scale, which LossScaleOptimizer and MultiOptimizer set."""
-        inner_optimizer = getattr(self, "inner_optimizer", None)
-        return None if inner_optimizer is None else inner_optimizer.loss_scale_factor
+        return self.inner_optimizer.loss_scale_factor
 
     @loss_scale_factor.setter
     def loss_scale_factor(self, loss_scale_factor: float | None) -> None:

@@ -51,10 +51,9 @@ def product(inputs: Any, kernel: Any, conditioning: Conditioning, mask: Any = No
     if conditioning.per_replica and layout.num_replicas() > 1:
         return _product_by_replica(inputs, kernel, conditioning, num_groups)
     if not is_shared:
-        num_rows = inputs.shape[-2]
-        # Eager PyTorch pays for every call.
-        is_static = num_rows is not None
-        rows = Rows(inputs, num_rows, num_rows, num_rows) if is_static else product_rows(inputs, conditioning, False, None)
+        num_total = inputs.shape[-2]
+        num_rows = ops.shape(inputs)[-2] if num_total is None else num_total
+        rows = Rows(inputs, num_rows, num_rows, num_total)
         return conditioned_matmul(inputs, kernel, conditioning, rows, is_whole=True)
     shape = ops.shape(inputs)
     # All sizes are given, since `reshape` cannot infer one in an empty batch.
