@@ -74,8 +74,10 @@ def _names(rule: Rule, layer: keras.Layer) -> bool:
 
 
 def check_matches(model: keras.Model, include: tuple[Rule, ...] | None, exclude: tuple[Rule, ...] | None) -> None:
-    """Raises if a rule matches no layer of a built model, or a rule of `include` none that can be conditioned."""
-    layers = list(walk(model)) if include or exclude else []
+    """Raises if a rule matches no layer of a model that is built, or a rule of `include` none that can be conditioned."""
+    layers = list(walk(model))
+    if not all(layer.built for layer, _ in layers):
+        return
     for name, rules in (("include", include), ("exclude", exclude)):
         for rule in rules or ():
             named = [layer for layer, containers in layers if matches((rule,), layer, containers)]

@@ -50,8 +50,7 @@ class CapturedModel:
     def select(self, include: tuple[Rule, ...] | None, exclude: tuple[Rule, ...] | None) -> None:
         """Chooses layers by these rules, and by no earlier ones."""
         model = self._model()
-        if is_built(model):
-            check_matches(model, include, exclude)
+        check_matches(model, include, exclude)
         self.is_captured, self._include, self._exclude = True, include, exclude
         self._find_layers()
         keras_hooks.recompile_step(model)
@@ -96,7 +95,7 @@ class CapturedModel:
         model = self._model()
         if self.is_captured:
             self._add(layer, containers)
-            if layer is model and is_built(model):
+            if layer is model:
                 check_matches(model, self._include, self._exclude)
 
     @contextlib.contextmanager
@@ -129,8 +128,7 @@ class CapturedModel:
             return
         if is_new:
             self._find_layers()
-            if is_built(model):
-                check_matches(model, self._include, self._exclude)
+            check_matches(model, self._include, self._exclude)
         isaacs = isaacs_in(model.optimizer)
         if isaacs and not self._has_own_step and not has_several(model.optimizer):
             self._check_variables(model, isaacs[0].step_check.trained)

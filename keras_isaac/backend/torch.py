@@ -294,12 +294,7 @@ class _WithGradients(_Function):
         return None, None, *ctx.rule(output_gradients, *ctx.saved_tensors)
 
 
-_with_gradients = _with_fast_path(_WithGradients)
-
-
-def with_gradients(function: Callable, gradients: Callable, *tensors: Any) -> Any:
-    """Returns `function(*tensors)`, with `gradients(output_gradients, *tensors)` for its gradients."""
-    return _with_gradients(function, gradients, *tensors)
+with_gradients = _with_fast_path(_WithGradients)
 
 
 def gradients_of(function: Callable, tensors: Sequence[torch.Tensor]) -> tuple[Any, Sequence[torch.Tensor]]:
