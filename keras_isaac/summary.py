@@ -226,9 +226,9 @@ def _print(model: keras.Model, statuses: list[KernelStatus], batch_size: int, sh
     lines.append(_cost(conditioned, total, batch_size))
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("Kernel (layer)", overflow="fold")
-    table.add_column("Rows, in, out", justify="right", no_wrap=True)
-    table.add_column("Form", max_width=19)
-    table.add_column("Added", justify="right", no_wrap=True)
+    table.add_column("Rows, in, out", justify="right", overflow="fold")
+    table.add_column("Form", max_width=19, overflow="fold")
+    table.add_column("Added", justify="right", overflow="fold")
     for each in shown:
         table.add_row(f"{each.path}\n({each.layer})", _size(each), _form(each), _share(each.added, total))
     console = rich.console.Console(markup=False, highlight=False, emoji=False, color_system=None, force_jupyter=False)
