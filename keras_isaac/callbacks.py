@@ -120,11 +120,9 @@ class CurvatureMonitor(keras.callbacks.Callback):
             self.model.jax_state_sync()
         steps.append(step)
         for path, values in self._measure().items():
+            name = path.removeprefix(f"{self.model.name}/").removesuffix("/kernel")
             for quantity, value in zip(_NUMBERS, values, strict=True):
-                self.history.setdefault(f"{self._short(path)}/{quantity}", []).append(float(value))
-
-    def _short(self, path: str) -> str:
-        return path.removeprefix(f"{self.model.name}/").removesuffix("/kernel")
+                self.history.setdefault(f"{name}/{quantity}", []).append(float(value))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds the last measurement to the logs, if `log`."""
