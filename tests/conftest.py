@@ -45,24 +45,3 @@ def _fresh_state():
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("float32")
-
-
-class _Traces:
-    """Counts how often Python runs a layer: once a trace where the step is compiled, once a step where it is eager."""
-
-    def __init__(self):
-        self.count = 0
-        traces = self
-
-        class Counter(keras.layers.Layer):
-            def call(self, inputs):
-                traces.count += 1
-                return inputs
-
-        self.layer = Counter()
-
-
-@pytest.fixture
-def count_traces():
-    """A factory of counters, each with a `layer` to put into a model."""
-    return _Traces

@@ -33,7 +33,7 @@ def test_the_readmes_model_trains():
     model.fit(random.normal(size=(20, 64)), random.integers(0, 10, 20), verbose=0)
 
 
-def test_the_adapter_of_contributing_keeps_the_laws(count_traces):
+def test_the_adapter_of_contributing_keeps_the_laws():
     def read(layer, inputs):
         return dense(layer, np.tanh(inputs))
 
@@ -43,7 +43,7 @@ def test_the_adapter_of_contributing_keeps_the_laws(count_traces):
     laws.test_output_outside_a_training_step_is_the_plain_layers(case)
     laws.test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(case, IS_COMPILED)
     laws.test_huge_damping_gives_the_plain_gradient_and_any_a_direction_of_increase(case)
-    laws.test_second_step_compiles_nothing(case, count_traces)
+    laws.test_second_step_compiles_nothing(case)
 
 
 @pytest.mark.parametrize("page", ["README.md", "examples/README.md", "examples/benchmarks/RESULTS.md"])

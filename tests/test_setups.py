@@ -331,12 +331,10 @@ LOSSES = {
 def test_several_inputs_and_outputs_with_loss_and_sample_weights():
     inputs, targets = branching_data()
     sample_weight = {name: np.linspace(0.1, 2, 32).astype("float32") ** power for power, name in enumerate(targets, 1)}
-    model = capture_inputs(branching())
-    model.compile(optimizer=paper_isaac(0.3, damping=0.1), **LOSSES)
+    model = captured(paper_isaac(0.3, damping=0.1), branching(), **LOSSES)
     model.fit(inputs, targets, sample_weight=sample_weight, batch_size=16, shuffle=False, verbose=0)
     steps = steps_of(x=inputs, y=targets, sample_weight=sample_weight)
-    expected = oracle_fit(branching(), steps, 0.3, 0.1, **LOSSES)
-    assert_close(weights(model), expected, 1e-4)
+    assert_close(weights(model), oracle_fit(branching(), steps, 0.3, 0.1, **LOSSES), 1e-4)
 
 
 def test_class_weights_and_weighted_rows_of_zero():
@@ -344,8 +342,7 @@ def test_class_weights_and_weighted_rows_of_zero():
     labels = np.argmax(targets, axis=-1)
     class_weight = {0: 0.0, 1: 1.0, 2: 3.0}
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model = capture_inputs(mlp())
-    model.compile(optimizer=paper_isaac(0.3, damping=0.1), loss=loss)
+    model = captured(paper_isaac(0.3, damping=0.1), loss=loss)
     fit(model, (inputs, labels), class_weight=class_weight, epochs=2)
     steps = [{**batch, "class_weight": class_weight} for batch in steps_of(x=inputs, y=labels)] * 2
     assert_close(weights(model), oracle_fit(mlp(), steps, 0.3, 0.1, loss=loss), 1e-4)
@@ -398,14 +395,13 @@ class Transposed(layers.Layer):
 def test_a_kernel_tied_to_a_layer_that_is_not_captured_is_conditioned_where_it_is():
     encode = layers.Dense(4, activation="tanh", name="encode")
     inputs = keras.Input((6,))
-    model = capture_inputs(keras.Model(inputs, Transposed(encode)(encode(inputs))))
+    model = captured(paper_isaac(1.0, damping=0.1), keras.Model(inputs, Transposed(encode)(encode(inputs))))
     x = regression(16)[0]
     kernel = to_numpy(encode.kernel)
     hidden = np.tanh(x.astype("float64") @ kernel)
     output_gradient = 2 * (hidden @ kernel.T - x) / x.size
     hidden_gradient = (output_gradient @ kernel) * (1 - hidden**2)
     expected = oracle.conditioned_gradient(x, hidden_gradient, 0.1) + output_gradient.T @ hidden
-    model.compile(optimizer=paper_isaac(1.0, damping=0.1), loss="mse")
     model.train_on_batch(x, x)
     assert relative_error(kernel - to_numpy(encode.kernel), expected) < 1e-4
 
