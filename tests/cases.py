@@ -247,7 +247,7 @@ RARE = {
     *("lstm-sequences-states", "lstm-initial-state", "gru-masked", "gru-unrolled-masked", "rnn-sequences-masked"),
 }
 
-# Each way to read once, for laws that need not hold everywhere before each change.
+# One case of each kind, for what the quick tests need not check of every case.
 OFTEN = [
     *("dense-fewer-rows", "dense-long-sequence", "dense-lora", "einsum-attention-output", "einsum-groups", "conv2d-groups"),
     *("conv2d-groups-lora", "depthwise2d", "separable2d", "transpose2d", "embedding-masked", "reversible-embedding"),

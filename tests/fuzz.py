@@ -1,14 +1,14 @@
-"""A fuzzer: training steps of captured layers and networks beside plain ones, over drawn shapes, options and bad data.
+"""A fuzzer: compares training steps of captured layers and networks with plain ones, over random shapes, options and bad data.
 
-`python tests/fuzz.py --cases 2000 --seed 0` runs so many cases on Keras' backend and lists each that broke a law, with the
-command that repeats it alone (`--only`). The laws, of one training step:
+`python tests/fuzz.py --cases 2000 --seed 0` runs that many cases on Keras' backend and lists each that broke an invariant, with
+the command that repeats it alone (`--only`). The invariants of one training step:
 
 - the captured layer raises no error that the plain one does not;
 - its outputs and all gradients but the kernels' are the plain layer's;
 - the conditioned gradient of a kernel is finite where the plain one is, and not where the data are not;
 - it is no longer than the plain gradient, or as long where it preserves the norm, and never points against it;
 - without an output damping and as it comes, it has no less of the plain gradient's direction than the largest curvature
-  leaves, and is the float64 oracle's, as far as the conditioning of the problem lets a dtype tell;
+  leaves, and is the float64 oracle's to the accuracy that the condition number and the dtype allow;
 - weights keep their shapes and dtypes, and are finite after the step where the plain network's are.
 """
 
@@ -171,8 +171,8 @@ def attempt(function):
         return None, error
 
 
-def broken_laws(drawn):
-    """Runs the case, and returns a description of each law that it broke."""
+def broken_invariants(drawn):
+    """Runs the case, and returns a description of each invariant that it broke."""
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(drawn.policy)
     with np.errstate(all="ignore"):
@@ -246,10 +246,10 @@ def _layer(drawn):
         # In float32, beyond these lengths the squares overflow or vanish.
         if drawn.preserve_norm and length > 1e-15 and norm < 1e15 and abs(length - norm) > max(1e-3, 64 * epsilon) * norm:
             yield f"gradient of {name} is not as long as the plain one: {length / norm}"
-        # LoRA's second factor meets what is looked up in the first.
+        # The input of LoRA's second factor is what is looked up in the first.
         is_table = case.vocabulary is not None and name != "lora_embeddings_b"
-        laws = _kernel_laws(drawn, case, is_table, rows, matrix_of, precision, ours, theirs)
-        yield from (f"gradient of {name} {law}" for law in laws)
+        broken = _broken_by_kernel(drawn, case, is_table, rows, matrix_of, precision, ours, theirs)
+        yield from (f"gradient of {name} {what}" for what in broken)
     for name, ours, theirs in pairs:
         if theirs is None:
             continue
@@ -258,8 +258,8 @@ def _layer(drawn):
             yield f"{name}: {ours.ravel()[:4]} is not the plain layer's {theirs.ravel()[:4]}"
 
 
-def _kernel_laws(drawn, case, is_table, rows, matrix_of, precision, ours, theirs):
-    """The laws of a conditioned gradient, one group of the kernel after another."""
+def _broken_by_kernel(drawn, case, is_table, rows, matrix_of, precision, ours, theirs):
+    """Describes what a conditioned gradient breaks, one group of the kernel after another."""
     epsilon, smallest = precision
     places = matrix_of(np.arange(theirs.size).reshape(theirs.shape))
     is_product = case.read is dense or case.id in ("einsum-attention-output", "einsum-groups")
@@ -268,7 +268,7 @@ def _kernel_laws(drawn, case, is_table, rows, matrix_of, precision, ours, theirs
     is_reduced = drawn.weight_sharing == "reduce" and not unshared
     if is_reduced:
         rows = rows.reshape(len(rows), drawn.batch, -1, rows.shape[-1]).mean(axis=2)
-    stand_for_all = unshared or drawn.max_rows is None or rows.shape[1] <= drawn.max_rows
+    has_all_rows = unshared or drawn.max_rows is None or rows.shape[1] <= drawn.max_rows
     for number, (group, place) in enumerate(zip(rows, places, strict=True)):
         where = f"(group {number}) " if len(rows) > 1 else ""
         plain, conditioned = theirs.ravel()[place], ours.ravel()[place]
@@ -297,7 +297,7 @@ def _kernel_laws(drawn, case, is_table, rows, matrix_of, precision, ours, theirs
         # eigenvalue.
         overflows = drawn.policy != "float64" and len(group) * eigenvalues.sum() > 1e36
         overflows = overflows or (drawn.relative_damping and not 1e-30 < eigenvalues.sum() < 1e36)
-        if not stand_for_all or overflows or drawn.output_damping is not None or drawn.preserve_norm:
+        if not has_all_rows or overflows or drawn.output_damping is not None or drawn.preserve_norm:
             continue
         least = damping / (damping + eigenvalues.sum())
         if least > 1e3 * epsilon and np.sum(conditioned * plain) < 0.9 * least * norm**2:
@@ -406,12 +406,12 @@ def main():
         if count % 50 == 0:
             keras.utils.clear_session()
         drawn = draw(arguments.seed, number)
-        broken = broken_laws(drawn)
+        broken = broken_invariants(drawn)
         if broken:
             findings += 1
             print(f"\n--seed {arguments.seed} --only {number}: {drawn}", *broken, sep="\n    ", flush=True)
         progress.update(count)
-    print(f"\n{findings} of {len(numbers)} cases broke a law on {BACKEND}")
+    print(f"\n{findings} of {len(numbers)} cases broke an invariant on {BACKEND}")
     sys.exit(bool(findings))
 
 

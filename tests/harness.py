@@ -1,4 +1,4 @@
-"""Runs one layer forward and backward on whichever backend is in use, and hands back NumPy arrays."""
+"""Runs one layer forward and backward on the backend in use, and returns NumPy arrays."""
 
 import contextlib
 import functools
@@ -39,7 +39,7 @@ class Pass(NamedTuple):
 
 
 def paper_isaac(*args, **options):
-    """`ISAAC` as the paper has it, unless told otherwise: around SGD, with an absolute damping, on all rows."""
+    """`ISAAC` as in the paper by default: around SGD, with an absolute damping, on all rows."""
     if len(args) < 3:
         options = {"inner_optimizer": "sgd", **options}
     return ISAAC(*args, **{"relative_damping": False, "max_rows": 1024, **options})
@@ -57,7 +57,7 @@ def to_numpy(tensor):
 
 
 def conditioning(damping, output_damping=None, **options):
-    """What an optimizer asks of a layer: as the paper has it, unless told otherwise."""
+    """What an optimizer asks of a layer, by default as in the paper."""
     options = {"relative_damping": False, "preserve_norm": False, "weight_sharing": "expand", "max_rows": None, **options}
     return Conditioning(damping, output_damping, **options, per_replica=False, trains=lambda kernel: True, on_use=lambda: None)
 
@@ -186,7 +186,7 @@ def _step_of_tensorflow(layer, inputs, cotangent, optimizer, compiled):
 
 
 def _step_of_torch(layer, inputs, cotangent, optimizer, compiled):
-    # The next Keras makes float32 of float64 arrays, unless told.
+    # By default, the next Keras makes float32 of float64 arrays.
     inputs = keras.ops.convert_to_tensor(inputs, str(inputs.dtype))
     is_float = inputs.is_floating_point()
 

@@ -1,7 +1,7 @@
 """The input rows of each kernel of a layer, in NumPy.
 
 A reading takes a layer and its inputs. For each conditioned kernel, by the `id` of the variable, it returns the rows
-`[groups, rows, in]`, and a function that brings an array of the kernel's shape to `[groups, in, out]`. Entries of the kernel
+`[groups, rows, in]`, and a function that reshapes an array of the kernel's shape to `[groups, in, out]`. Entries of the kernel
 that this function leaves out keep their plain gradient.
 """
 
@@ -87,7 +87,7 @@ def depthwise(layer, inputs, kernel="kernel"):
 
 
 def separable(layer, inputs):
-    """The depthwise kernel reads patches; the pointwise kernel, what comes of them."""
+    """The depthwise kernel reads patches; the pointwise kernel, their products with it."""
     rows = patches(layer, inputs).astype("float64")
     kernel = to_numpy(layer.depthwise_kernel).reshape(rows.shape[1], rows.shape[2], -1)
     between = np.einsum("rkc,kcm->rcm", rows, kernel).reshape(1, len(rows), -1)
@@ -238,7 +238,7 @@ class Convolution(NamedTuple):
 
 @with_arguments
 def conv_lstm(layer, inputs, mask=None):
-    """Patches of the inputs, and of the states, which come of those patches times the kernels."""
+    """Patches of the inputs, and of the states, which are computed from those patches and the kernels."""
     cell, ones = layer.cell, (1,) * layer.cell.rank
     convolution = Convolution(cell.kernel_size, cell.strides, cell.dilation_rate, cell.padding, cell.data_format)
     of_states = Convolution(cell.kernel_size, ones, ones, "same", "channels_last")

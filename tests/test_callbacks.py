@@ -51,14 +51,14 @@ def monitored(model, data, batch, epochs=1, **kwargs):
 def test_dense_layers_after_some_steps(num, options):
     data = regression(64)
     x, y = (each[:num] for each in data)
-    model, twin = capture_inputs(mlp()), capture_inputs(mlp())
-    for each in (model, twin):
+    model, other = capture_inputs(mlp()), capture_inputs(mlp())
+    for each in (model, other):
         each.compile(optimizer=paper_isaac(0.1, damping=0.2, **options), loss="mse")
     monitor = monitored(model, data, (x, y), batch_size=16)
     assert monitor.history["step"] == [0, 2]
     # The second measurement sees the state after two steps.
-    fit(twin, [each[:32] for each in data], batch_size=16)
-    kernel, bias, top, top_bias = (to_numpy(weight) for weight in twin.trainable_variables)
+    fit(other, [each[:32] for each in data], batch_size=16)
+    kernel, bias, top, top_bias = (to_numpy(weight) for weight in other.trainable_variables)
     hidden = np.tanh(x @ kernel + bias)
     error = 2 * (hidden @ top + top_bias - y) / y.size
     gradients = {"head": (hidden, hidden.T @ error), "hidden": (x, x.T @ (error @ top.T * (1 - hidden**2)))}

@@ -145,7 +145,7 @@ def test_jax_distributions_train_as_one_device_does(jax_results, kind, network):
 
 @needs_jax
 def test_jax_devices_send_the_curvature_where_features_are_few(jax_results):
-    """Beside the gradients of the plain step: `[in, in]` a layer, and scalars."""
+    """More than in the plain step: `[in, in]` for each layer, and scalars."""
     (plain,), captured = jax_results["data 8 plain"]["sent"], jax_results["data 8 captured"]["sent"]
     kernels = [sorted(shape) for shape in plain[1]]
     assert kernels.count([3, 8]) == kernels.count([6, 8]) == 1
@@ -160,7 +160,7 @@ def test_jax_devices_send_the_curvature_where_features_are_few(jax_results):
 @needs_jax
 @pytest.mark.parametrize(("kind", "width"), [("data", 32), ("model", 8), ("model", 32)])
 def test_jax_devices_send_rows_and_their_products_once_where_rows_are_few(jax_results, kind, width):
-    """Beside the gradients of the plain step: `[rows, in]`, `[rows, rows]` and `[rows, out]` a layer, and scalars."""
+    """More than in the plain step: `[rows, in]`, `[rows, rows]` and `[rows, out]` for each layer, and scalars."""
     captured = jax_results[f"{kind} {width} captured"]["sent"]
     assert not any(in_loop for _, _, in_loop in captured)
     added = num_elements(captured) - num_elements(jax_results[f"{kind} {width} plain"]["sent"])
@@ -172,7 +172,7 @@ def test_jax_devices_send_rows_and_their_products_once_where_rows_are_few(jax_re
 @each_width
 @pytest.mark.parametrize(("kind", "num_replicas"), [("data", 4), ("model", 2)])
 def test_jax_replicas_condition_on_their_own_rows_on_request(jax_results, kind, num_replicas, width):
-    """Under data parallelism, no device sends anything beside the gradients of the plain step."""
+    """Under data parallelism, no device sends anything but the gradients of the plain step."""
     actual = [np.asarray(weight) for weight in jax_results[f"{kind} {width} per replica"]["weights"]]
     assert_close(actual, numpy_training(width, num_replicas), 1e-4)
     assert_differ(actual, numpy_training(width, 1), 1e-2)

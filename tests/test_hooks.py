@@ -176,7 +176,7 @@ class Owner:
         self.savings += 1
 
 
-def test_an_owner_wraps_the_step_and_hears_of_training_and_saving():
+def test_an_owner_wraps_the_step_and_is_called_before_training_and_saving():
     model, owner, calls = mlp(), Owner(), []
     replace(model, keras_hooks._STEP, calls)
     keras_hooks.wrap_step(model, owner)

@@ -1,4 +1,4 @@
-"""The laws that every captured layer keeps, over the table of cases."""
+"""The invariants of every captured layer, over the table of cases."""
 
 import keras
 import numpy as np

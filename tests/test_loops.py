@@ -1,4 +1,4 @@
-"""`optimizer.conditioning()` in training loops of one's own, as `examples/custom_loop.py` writes them."""
+"""`optimizer.conditioning()` in custom training loops, as `examples/custom_loop.py` writes them."""
 
 import contextlib
 import dataclasses
@@ -125,7 +125,7 @@ def test_a_loop_conditions_what_is_captured_alone_and_what_any_model_chooses():
 
 
 class Loop:
-    """A step of one's own, for each backend: compiled on JAX and TensorFlow, eager on PyTorch."""
+    """A custom step for each backend: compiled on JAX and TensorFlow, eager on PyTorch."""
 
     def __init__(self, optimizer):
         self.model, self.optimizer = capture_inputs(mlp()), optimizer
@@ -212,7 +212,7 @@ def test_error_of_a_scan_that_forgets_the_scope():
 
 @pytest.mark.skipif(BACKEND == "torch", reason="an eager step runs Python as a whole")
 def test_gradients_that_were_compiled_apart_are_applied_again_and_again():
-    """Python sees the forward pass once, and no error comes of that."""
+    """Python runs the forward pass once, and that raises no error."""
     optimizer = paper_isaac(damping=0.1)
     loop = Loop(optimizer)
     variables = loop.model.trainable_variables

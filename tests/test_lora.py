@@ -141,8 +141,8 @@ def quantized_by(mode):
 
 
 @pytest.mark.parametrize("mode", [quantized_by("gptq"), quantized_by("awq")])
-def test_modes_that_keep_no_gradient_for_factors_train_beside_the_rest(mode):
-    """Keras refuses LoRA beside the one, and leaves it out of the call of the other."""
+def test_modes_without_gradients_of_the_factors_let_other_layers_train(mode):
+    """Keras refuses LoRA with the first mode, and does not use it with the second."""
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16), keras.layers.Dense(4, name="head")])
     quantized, head = model.layers
     make_config = getattr(keras.quantizers, f"{mode.upper()}Config")

@@ -122,7 +122,7 @@ fits = pytest.param("fit", marks=pytest.mark.skipif(not hasattr(keras.Model, "_i
 def test_distributed_processes_condition_on_their_own_rows(network, training):
     import torch
 
-    # The processes meet at a store of this one, which outlives them.
+    # The processes find each other by a store of this process, which outlives them.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
         start(__file__, "torch_distributed", training, network, rank, store.port, GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_layers as laws
+import test_layers as invariants
 from cases import Case
 from harness import IS_COMPILED
 from readings import dense
@@ -33,17 +33,17 @@ def test_the_readmes_model_trains():
     model.fit(random.normal(size=(20, 64)), random.integers(0, 10, 20), verbose=0)
 
 
-def test_the_adapter_of_contributing_keeps_the_laws():
+def test_the_adapter_of_contributing_keeps_the_invariants():
     def read(layer, inputs):
         return dense(layer, np.tanh(inputs))
 
     count, names = run_python(".github/CONTRIBUTING.md")
     assert count == 1
     case = Case("squashing", names["Squashing"], (3, 2, 7), read)
-    laws.test_output_outside_a_training_step_is_the_plain_layers(case)
-    laws.test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(case, IS_COMPILED)
-    laws.test_huge_damping_gives_the_plain_gradient_and_any_a_direction_of_increase(case)
-    laws.test_second_step_compiles_nothing(case)
+    invariants.test_output_outside_a_training_step_is_the_plain_layers(case)
+    invariants.test_only_kernel_gradients_differ_from_the_plain_layers_and_are_the_oracles(case, IS_COMPILED)
+    invariants.test_huge_damping_gives_the_plain_gradient_and_any_a_direction_of_increase(case)
+    invariants.test_second_step_compiles_nothing(case)
 
 
 @pytest.mark.parametrize("page", ["README.md", "examples/README.md", "examples/benchmarks/RESULTS.md"])

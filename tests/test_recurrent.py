@@ -68,7 +68,7 @@ def test_reduce_takes_the_mean_of_a_samples_steps(mask):
     ],
     ids=["lstm", "stack", "conv-lstm", "steps-conv"],
 )
-def test_few_rows_stand_for_all(make, shape):
+def test_few_rows_condition_a_recurrent_kernel(make, shape):
     layer, inputs, cotangent = sequence_data(make(), shape)
     capture_inputs(layer)
     every, enough, few = (

@@ -1,4 +1,4 @@
-"""Layers of one's own, registered by `register_layer`."""
+"""Custom layers, registered by `register_layer`."""
 
 import keras
 import numpy as np
@@ -149,7 +149,7 @@ def test_groups_are_conditioned_on_the_rows_that_are_sent_to_them():
     assert [status.reason for status in kernel_status(layer)] == [None, None]
 
 
-def test_errors():
+def test_error_registrations():
     with pytest.raises(TypeError, match=r"`layer_class` must be a subclass of `keras.Layer`\. Received: layer_class=3"):
         register_layer(3, "kernel", len)
     for kernel, rows in ((3, len), ("kernel", 3)):

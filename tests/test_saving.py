@@ -28,7 +28,7 @@ def compiled(optimizer):
 
 
 def state(model):
-    """All that the run has to go on with."""
+    """All variables from which training continues."""
     return [to_numpy(variable) for variable in (*model.variables, *model.optimizer.variables)]
 
 
@@ -43,7 +43,7 @@ class LowerDamping(keras.callbacks.Callback):
 
 
 class InterruptedRunError(Exception):
-    """Stands for a process that dies."""
+    """Simulates a process that dies."""
 
 
 class Interruption(keras.callbacks.Callback):
@@ -59,7 +59,7 @@ class Interruption(keras.callbacks.Callback):
 
 @pytest.mark.often("accumulation")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_backup_and_restore_goes_on_bit_for_bit_after_an_interruption(optimizer, tmp_path):
+def test_backup_and_restore_continues_bit_for_bit_after_an_interruption(optimizer, tmp_path):
     data = regression()
     uninterrupted = compiled(optimizer)
     fit(uninterrupted, data, epochs=4, callbacks=[LowerDamping()])
@@ -143,7 +143,7 @@ def test_export_equals_predict(file_format, name, serve, packages, tmp_path):
 
 @pytest.mark.often("deepcopy-adam", "pickle-loss scale")
 @pytest.mark.parametrize(("copied", "optimizer"), [("deepcopy", "adam"), *(("pickle", optimizer) for optimizer in OPTIMIZERS)])
-def test_a_copy_of_a_fitted_model_is_captured_and_goes_on_bit_for_bit(copied, optimizer):
+def test_a_copy_of_a_fitted_model_is_captured_and_continues_bit_for_bit(copied, optimizer):
     model = compiled(optimizer)
     for _ in range(3):
         model.train_on_batch(*regression(16))
