@@ -196,6 +196,15 @@ def test_an_owner_wraps_the_step_and_is_called_before_training_and_saving():
     assert owner.trainings == [True, False, False]
 
 
+def test_a_model_without_a_step_makes_one():
+    model = mlp()
+    model.compile(optimizer="sgd", loss="mse")
+    fit(model, regression(16))
+    model.train_function, made = None, model.train_function
+    model.make_train_function()
+    assert model.train_function not in (None, made)
+
+
 @pytest.mark.parametrize("how", ["fit", "train_on_batch"])
 def test_a_failed_check_leaves_the_weights_in_the_model(how):
     model = mlp()
