@@ -182,18 +182,20 @@ def sequences(num=48, length=6, vocabulary=7, outputs=3, seed=0):
     )
 
 
-def oracle_fit(model, batches, learning_rate, damping, conditioned=None, **compile_options):
+def oracle_fit(model, data, learning_rate, damping, conditioned=None, class_weight=None, epochs=1, **compile_options):
     """Trains by SGD with gradients that NumPy conditions in float64; returns the trainable weights.
 
-    Keras computes the plain gradient of each batch, as the difference that one step of plain SGD makes. Then it is conditioned
-    on the inputs of its layer, which is a `Dense` that is called once.
+    Keras computes the plain gradient of each batch of 16, as the difference that one step of plain SGD makes. Then it is
+    conditioned on the inputs of its layer, which is a `Dense` that is called once.
 
     Args:
         model: a functional model, not captured; it is trained.
-        batches: list of keyword arguments of `train_on_batch`.
+        data: dictionary of arrays, or nests of them, the arguments of `train_on_batch`.
         learning_rate: of SGD.
         damping: float.
         conditioned: names of the layers to condition. Defaults to `None`: all `Dense` that are trainable.
+        class_weight: dictionary, or `None`.
+        epochs: integer.
         **compile_options: loss and more.
     """
     model.compile(optimizer=keras.optimizers.SGD(1.0), **compile_options)
@@ -201,13 +203,14 @@ def oracle_fit(model, batches, learning_rate, damping, conditioned=None, **compi
     if conditioned is not None:
         dense = [layer for layer in dense if layer.name in conditioned]
     inputs = model.inputs if len(model.inputs) > 1 else model.inputs[0]
-    for batch in batches:
+    for start in [*range(0, len(keras.tree.flatten(data)[0]), 16)] * epochs:
+        batch = keras.tree.map_structure(lambda array, start=start: array[start : start + 16], data)
         rows = {id(layer.kernel): keras.Model(inputs, layer.input).predict_on_batch(batch["x"]) for layer in dense}
         before = weights(model)
-        model.train_on_batch(**batch)
-        for weight, start, end in zip(model.trainable_variables, before, weights(model), strict=True):
-            step = start - end
+        model.train_on_batch(**batch, class_weight=class_weight)
+        for weight, old, new in zip(model.trainable_variables, before, weights(model), strict=True):
+            step = old - new
             if id(weight) in rows:
                 step = oracle.condition(rows[id(weight)], step, damping)
-            weight.assign(start - learning_rate * step)
+            weight.assign(old - learning_rate * step)
     return weights(model)

@@ -6,58 +6,54 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from cases import assert_conditioned
+from cases import PRODUCTS, Case, assert_conditioned, data, enable_lora
 from harness import each_mode, normal, paper_isaac, plain_and_conditioned, to_numpy
 from keras import layers, ops
 from models import assert_close, captured, fit, sequences, weights
 from oracle import relative_error
-from readings import Calling, dense, embedding, lora
+from readings import Calling, embedding
 
 from keras_isaac import ISAAC, capture_inputs, kernel_status
 
 
-def with_lora(layer, input_shape, mode=None, seed=0):
-    """The layer, quantized by `mode`, with LoRA of rank 2 and random weights."""
-    random = np.random.default_rng(seed)
-    layer.build(input_shape)
-    for weight in layer.trainable_variables:
-        weight.assign(random.normal(size=weight.shape) / np.sqrt(weight.shape[0]))
-    if mode is not None:
-        layer.quantize(mode)
-    layer.enable_lora(2)
-    for weight in layer.trainable_variables:
-        weight.assign(random.normal(size=weight.shape))
-    return layer
+def quantized(case, mode):
+    """A case of the table with its kernel quantized by `mode` before LoRA; no mode leaves it as it is."""
+
+    def prepare(layer):
+        if mode is not None:
+            layer.quantize(mode)
+        case.prepare(layer)
+
+    return case._replace(prepare=prepare)
+
+
+LORA = {case.id: case for case in PRODUCTS if case.prepare is enable_lora}
 
 
 @pytest.mark.parametrize("trained", ["lora_kernel_a", "lora_kernel_b"])
-@pytest.mark.parametrize(
-    "layer", [lambda: layers.Dense(5), lambda: layers.EinsumDense("ab,bc->ac", 5)], ids=["dense", "einsum"]
-)
-def test_a_factor_that_trains_alone(layer, trained):
-    layer = with_lora(layer(), (4, 7))
+@pytest.mark.parametrize("kind", ["dense-lora", "einsum-lora"])
+def test_a_factor_that_trains_alone(kind, trained):
+    layer, inputs, cotangent = data(LORA[kind])
     for name in {"lora_kernel_a", "lora_kernel_b"} - {trained}:
         getattr(layer, name).trainable = False
-    inputs, cotangent = normal((4, 7), (4, 5))
     key = id(getattr(layer, trained))
-    reading = {key: lora(dense)(layer, inputs)[key]}
+    reading = {key: LORA[kind].read(layer, inputs)[key]}
     assert_conditioned(layer, reading, *plain_and_conditioned(layer, inputs, cotangent), 0.3)
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
 @pytest.mark.parametrize("mode", [None, "int8"])
-def test_rows_of_both_factors_are_those_that_count(mode):
-    layer = with_lora(layers.EinsumDense("abc,cde->abde", (None, 2, 3)), (2, 4, 7), mode)
-    inputs, cotangent = normal((2, 4, 7), (2, 4, 2, 3))
+def test_masked_positions_are_rows_of_neither_factor(mode):
+    layer, inputs, cotangent = data(quantized(LORA["einsum-lora"], mode))
     inputs[0, 2:] = 0.0
-    model = keras.Sequential([keras.Input((4, 7)), layers.Masking(), layer])
-    reading = lora(dense)(layer, inputs.reshape(8, 7)[[0, 1, 4, 5, 6, 7]])
+    model = keras.Sequential([keras.Input((3, 7)), layers.Masking(), layer])
+    reading = LORA["einsum-lora"].read(layer, inputs.reshape(6, 7)[[0, 1, 3, 4, 5]])
     assert_conditioned(layer, reading, *plain_and_conditioned(model, inputs, cotangent), 0.3)
 
 
 @pytest.mark.skipif(not hasattr(layers, "ReversibleEmbedding"), reason="an older Keras has no such layer")
 def test_a_table_in_reverse():
-    table = with_lora(layers.ReversibleEmbedding(6, 4), (3, 5))
+    table, *_ = data(Case("", lambda: layers.ReversibleEmbedding(6, 4), (3, 5), embedding, vocabulary=6, prepare=enable_lora))
     inputs, cotangent = normal((3, 4), (3, 6))
     first, second = table.lora_embeddings_a, table.lora_embeddings_b
     # The factors multiply transposed, the second one first.
@@ -69,23 +65,13 @@ def test_a_table_in_reverse():
     assert_conditioned(table, reading, *gradients, 0.3)
 
 
-QUANTIZED = {
-    "dense": (lambda: layers.Dense(6, activation="tanh"), (4, 8), lora(dense)),
-    "einsum": (lambda: layers.EinsumDense("ab,bc->ac", 6), (4, 8), lora(dense)),
-    "embedding": (lambda: layers.Embedding(8, 6), (4,), lora(embedding, "lora_embeddings")),
-}
-
-
 @pytest.mark.often("*-int8-compiled")
 @each_mode
 @pytest.mark.parametrize("mode", ["int8", "int4"])
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", ["dense-lora", "einsum-lora", "embedding-lora"])
 def test_the_factors_of_a_quantized_kernel(kind, mode, compiled):
-    layer, shape, read = QUANTIZED[kind]
-    layer = with_lora(layer(), shape, mode)
-    inputs, cotangent = normal(shape, (4, 6))
-    inputs = np.array([1, 3, 3, 5], "int32") if kind == "embedding" else inputs
-    reading = read(layer, inputs)
+    layer, inputs, cotangent = data(quantized(LORA[kind], mode))
+    reading = LORA[kind].read(layer, inputs)
     assert_conditioned(layer, reading, *plain_and_conditioned(layer, inputs, cotangent, compiled), 0.3)
     reasons = {status.path.split("/")[-1]: status.reason for status in kernel_status(layer)}
     assert {reasons[variable.name] for variable in layer.trainable_variables if id(variable) in reading} == {None}

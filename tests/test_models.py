@@ -43,20 +43,6 @@ def hub():
     return keras_hub().models
 
 
-def resnet():
-    """The smallest ResNet that KerasHub makes."""
-    backbone = hub().ResNetBackbone(
-        input_conv_filters=[8],
-        input_conv_kernel_sizes=[3],
-        stackwise_num_filters=[64],
-        stackwise_num_blocks=[1],
-        stackwise_num_strides=[1],
-        block_type="bottleneck_block",
-        image_shape=(16, 16, 3),
-    )
-    return keras.Model(backbone.input, layers.Dense(20)(layers.GlobalAveragePooling2D()(backbone.output)))
-
-
 def language_model(backbone):
     """KerasHub's Transformer `backbone`, and its table of tokens in reverse."""
     size = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 32, "max_sequence_length": 12}
@@ -95,7 +81,6 @@ def examples_for(model, num=8):
         (convolutional, {"weight_sharing": "reduce"}),
         (convolutional, {"max_rows": 16}),
         (mobilenet, {}),
-        (resnet, {}),
         (bert, {}),
         (gpt2, {"weight_sharing": "reduce"}),
     ],

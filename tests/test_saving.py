@@ -158,15 +158,6 @@ def test_a_copy_of_a_fitted_model_is_captured_and_continues_bit_for_bit(copied, 
     assert_close(state(other), state(model), 0)
 
 
-@pytest.mark.parametrize("direction", ["captured to plain", "plain to captured"])
-def test_weight_files_do_not_know_of_capturing(direction, tmp_path):
-    models = [capture_inputs(mlp()), mlp(seed=1)]
-    source, target = models if direction == "captured to plain" else models[::-1]
-    source.save_weights(tmp_path / "file.weights.h5")
-    target.load_weights(tmp_path / "file.weights.h5")
-    assert_close(weights(target), weights(source), 0)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("compiled_too", [True, False])
 def test_a_legacy_file_trains_on(compiled_too, tmp_path):

@@ -46,15 +46,6 @@ from keras_isaac import ISAAC, capture_inputs, kernel_status
 HUGE = 1e8
 
 
-def steps_of(size=16, **arrays):
-    """The batches of `fit`, as arguments of `train_on_batch`."""
-
-    def part(start):
-        return keras.tree.map_structure(lambda array: array[start : start + size], arrays)
-
-    return [part(start) for start in range(0, len(keras.tree.flatten(arrays)[0]), size)]
-
-
 # Precision.
 
 
@@ -168,7 +159,7 @@ def test_dtype_policies_of_single_layers():
     model.set_weights(mlp().get_weights())
     inputs, targets = regression()
     fit(captured(paper_isaac(0.1, 0.1), model), (inputs, targets))
-    assert_close(weights(model), oracle_fit(mlp(), steps_of(x=inputs, y=targets), 0.1, 0.1, loss="mse"), 1e-2)
+    assert_close(weights(model), oracle_fit(mlp(), {"x": inputs, "y": targets}, 0.1, 0.1, loss="mse"), 1e-2)
     assert_differ(weights(model), trained(SGD(0.1)), 5e-2)
 
 
@@ -333,8 +324,8 @@ def test_several_inputs_and_outputs_with_loss_and_sample_weights():
     sample_weight = {name: np.linspace(0.1, 2, 32).astype("float32") ** power for power, name in enumerate(targets, 1)}
     model = captured(paper_isaac(0.3, damping=0.1), branching(), **LOSSES)
     model.fit(inputs, targets, sample_weight=sample_weight, batch_size=16, shuffle=False, verbose=0)
-    steps = steps_of(x=inputs, y=targets, sample_weight=sample_weight)
-    assert_close(weights(model), oracle_fit(branching(), steps, 0.3, 0.1, **LOSSES), 1e-4)
+    data = {"x": inputs, "y": targets, "sample_weight": sample_weight}
+    assert_close(weights(model), oracle_fit(branching(), data, 0.3, 0.1, **LOSSES), 1e-4)
 
 
 def test_class_weights_and_weighted_rows_of_zero():
@@ -344,8 +335,8 @@ def test_class_weights_and_weighted_rows_of_zero():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model = captured(paper_isaac(0.3, damping=0.1), loss=loss)
     fit(model, (inputs, labels), class_weight=class_weight, epochs=2)
-    steps = [{**batch, "class_weight": class_weight} for batch in steps_of(x=inputs, y=labels)] * 2
-    assert_close(weights(model), oracle_fit(mlp(), steps, 0.3, 0.1, loss=loss), 1e-4)
+    expected = oracle_fit(mlp(), {"x": inputs, "y": labels}, 0.3, 0.1, class_weight=class_weight, epochs=2, loss=loss)
+    assert_close(weights(model), expected, 1e-4)
 
 
 @pytest.mark.often("head")
@@ -370,7 +361,7 @@ def test_transfer_learning_and_layers_frozen_and_unfrozen_between_compiles(captu
 
     def by_oracle(model, rate):
         names = conditioned if model.get_layer("hidden").trainable else {"head"}
-        oracle_fit(model, steps_of(x=x, y=y), rate, 0.1, names, loss="mse")
+        oracle_fit(model, {"x": x, "y": y}, rate, 0.1, names, loss="mse")
 
     model = mlp()
     model.get_layer("hidden").trainable = False
