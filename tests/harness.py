@@ -206,13 +206,19 @@ def _step_of_torch(layer, inputs, cotangent, optimizer, compiled):
 _STEP_OF = {"jax": _step_of_jax, "tensorflow": _step_of_tensorflow, "torch": _step_of_torch}
 
 
-def run_python(*arguments, cwd=None, returncode=0, **environment):
-    """Runs Python in a process of its own, in the folder of the tests by default, and returns what it prints."""
+def start_python(*arguments, cwd=None, **environment):
+    """Starts Python in a process of its own, in the folder of the tests by default."""
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
     cwd, environment = cwd or Path(__file__).parent, {**os.environ, **environment}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
-    assert result.returncode == returncode, result.stdout + result.stderr
-    return result.stdout + (result.stderr if returncode else "")
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment)
+
+
+def run_python(*arguments, returncode=0, **options):
+    """Runs Python as `start_python` does, and returns what it prints."""
+    with start_python(*arguments, **options) as process:
+        output, errors = process.communicate()
+    assert process.returncode == returncode, output + errors
+    return output + (errors if returncode else "")
 
 
 def eager_gradients(compute_loss, variables, scope=None):

@@ -2,9 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 
 import keras
 import models
@@ -20,17 +17,6 @@ NUM_STEPS, BATCH_SIZE = 6, 16
 # Hidden layers narrower and wider than the batch: the head's inverse is [in, in], and [rows, rows].
 each_width = pytest.mark.parametrize("width", [8, 32])
 each_network = pytest.mark.parametrize("network", [8, 32, "sequence"])
-
-
-def start(file, function, *arguments, **environment):
-    """Starts `function` of this test file in a process of its own: the file prints what it returns, as JSON."""
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", file, function, *map(str, arguments)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def finish(*processes):
@@ -75,6 +61,11 @@ def assert_replicas_average(actual, network, num_replicas):
     expected = training(num_replicas)
     assert_close([np.asarray(weight) for weight in actual], expected, 1e-4)
     assert_differ(training(1), expected, 1e-3)
+
+
+def weights_as_lists(model):
+    """The weights, as JSON takes them."""
+    return [weight.tolist() for weight in weights(model)]
 
 
 def network_and_data(network):

@@ -11,8 +11,8 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, conditioned_gradient, normal, paper_isaac, to_numpy
-from models import assert_close, assert_differ, fit, weights
+from harness import BACKEND, conditioned_gradient, normal, paper_isaac, start_python, to_numpy
+from models import assert_close, assert_differ, fit
 from replicas import (
     BATCH_SIZE,
     OPTIONS,
@@ -22,7 +22,7 @@ from replicas import (
     finish,
     network_and_data,
     numpy_training,
-    start,
+    weights_as_lists,
 )
 
 from keras_isaac import capture_inputs
@@ -66,7 +66,7 @@ def jax_distributions(dumps):
                 seen.add(module)
                 results[f"{kind} {network} {trained}"] = {
                     "losses": history.history["loss"],
-                    "weights": [weight.tolist() for weight in weights(model)],
+                    "weights": weights_as_lists(model),
                     "sent": collectives(module.read_text()),
                 }
     keras.distribution.set_distribution(distributions["data"])
@@ -116,7 +116,7 @@ def jax_results(tmp_path_factory):
         f"--xla_force_host_platform_device_count=4 --xla_dump_to={dumps} --xla_dump_hlo_as_text "
         "--xla_dump_hlo_module_re=jit_train_step"
     )
-    (results,) = finish(start(__file__, "jax_distributions", dumps, XLA_FLAGS=flags))
+    (results,) = finish(start_python(__file__, "jax_distributions", dumps, XLA_FLAGS=flags))
     return results
 
 
@@ -205,18 +205,18 @@ def tensorflow_mirrored(network):
         model, data = network_and_data(network)
         capture_inputs(model).compile(optimizer=paper_isaac(**OPTIONS), loss="mse")
         fit(model, data, batch_size=BATCH_SIZE)
-        after_one = weights(model)
+        after_one = weights_as_lists(model)
         # More than fifty steps.
         fit(model, data, batch_size=BATCH_SIZE, epochs=8)
     replicas = [[variable.value.values[replica].numpy().tolist() for variable in model.variables] for replica in (0, 1)]
-    return [weight.tolist() for weight in after_one], replicas
+    return after_one, replicas
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's strategy")
 @pytest.mark.often("32", "sequence")
 @each_network
 def test_mirrored_replicas_condition_on_their_own_rows(network):
-    ((actual, (one, other)),) = finish(start(__file__, "tensorflow_mirrored", network))
+    ((actual, (one, other)),) = finish(start_python(__file__, "tensorflow_mirrored", network))
     assert one == other
     assert_replicas_average(actual, network, 2)
 

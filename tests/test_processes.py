@@ -10,8 +10,8 @@ import sys
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, paper_isaac
-from models import assert_close, assert_differ, captured, fit, mlp, regression, weights
+from harness import BACKEND, paper_isaac, start_python
+from models import assert_close, assert_differ, captured, fit, mlp, regression
 from replicas import (
     BATCH_SIZE,
     NUM_STEPS,
@@ -20,7 +20,7 @@ from replicas import (
     finish,
     network_and_data,
     numpy_training,
-    start,
+    weights_as_lists,
 )
 
 from keras_isaac import capture_inputs
@@ -29,17 +29,13 @@ from keras_isaac import capture_inputs
 MORE_EPOCHS = 8
 
 
-def as_lists(arrays):
-    return [array.tolist() for array in arrays]
-
-
 def fit_half(model, data, rank):
     """Fits on one half of each batch; returns the weights after one epoch, and after all."""
     half = [np.concatenate(np.split(array, 2 * NUM_STEPS)[rank::2]) for array in data]
     fit(model, half, batch_size=BATCH_SIZE // 2)
-    after_one = as_lists(weights(model))
+    after_one = weights_as_lists(model)
     fit(model, half, batch_size=BATCH_SIZE // 2, epochs=MORE_EPOCHS)
-    return after_one, as_lists(weights(model))
+    return after_one, weights_as_lists(model)
 
 
 # JAX: one program over the devices of all processes, each of which feeds its part of the batch.
@@ -60,7 +56,7 @@ def test_jax_processes_condition_on_the_rows_of_all(width):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    one, other = finish(*(start(__file__, "jax_distributed", width, rank, port) for rank in (0, 1)))
+    one, other = finish(*(start_python(__file__, "jax_distributed", width, rank, port) for rank in (0, 1)))
     assert one == other
     actual = [np.asarray(weight) for weight in one[0]]
     assert_close(actual, numpy_training(width, 1), 1e-4)
@@ -101,7 +97,7 @@ def torch_loop(model, data, rank):
             loss.backward()
             with torch.no_grad():
                 optimizer.apply([variable.value.grad for variable in variables], variables)
-        after_each.append(as_lists(weights(model)))
+        after_each.append(weights_as_lists(model))
     return after_each
 
 
@@ -125,7 +121,8 @@ def test_distributed_processes_condition_on_their_own_rows(network, training):
     # The processes find each other by a store of this process, which outlives them.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes = [
-        start(__file__, "torch_distributed", training, network, rank, store.port, GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)
+        start_python(__file__, "torch_distributed", training, network, rank, store.port, GLOO_SOCKET_IFNAME="lo")
+        for rank in (0, 1)
     ]
     one, other = finish(*processes)
     assert one == other
