@@ -51,9 +51,7 @@ def monitored(model, data, batch, epochs=1, **kwargs):
 def test_dense_layers_after_some_steps(num, options):
     data = regression(64)
     x, y = (each[:num] for each in data)
-    model, other = capture_inputs(mlp()), capture_inputs(mlp())
-    for each in (model, other):
-        each.compile(optimizer=paper_isaac(0.1, damping=0.2, **options), loss="mse")
+    model, other = (captured(paper_isaac(0.1, damping=0.2, **options)) for _ in range(2))
     monitor = monitored(model, data, (x, y), batch_size=16)
     assert monitor.history["step"] == [0, 2]
     # The second measurement sees the state after two steps.
@@ -79,8 +77,8 @@ def test_tables_groups_and_shared_layers(relative):
     x = layers.DepthwiseConv1D(2, name="depthwise")(x)
     shared = layers.Dense(4, name="shared")
     x = shared(shared(x))
-    model = with_random_weights(capture_inputs(keras.Model(tokens, layers.Dense(3)(layers.Flatten()(x)))))
-    model.compile(optimizer=paper_isaac(damping=0.2, relative_damping=relative), loss="mse")
+    model = with_random_weights(keras.Model(tokens, layers.Dense(3)(layers.Flatten()(x))))
+    captured(paper_isaac(damping=0.2, relative_damping=relative), model)
     x, y = sequences(8)
     table = to_numpy(model.get_layer("table").embeddings)
     monitor = monitored(model, (x, y), (x, y))
@@ -108,8 +106,7 @@ def test_masked_positions_do_not_count_and_a_nest_of_inputs_is_taken(relative, w
     tokens = keras.Input((6,), dtype="int32", name="tokens")
     x = layers.Embedding(7, 4, mask_zero=True, name="table")(tokens)
     model = with_random_weights(keras.Model({"tokens": tokens}, layers.Dense(3, name="head")(x)))
-    options = {"relative_damping": relative, "weight_sharing": weight_sharing}
-    capture_inputs(model).compile(optimizer=paper_isaac(damping=0.2, **options), loss="mse")
+    captured(paper_isaac(damping=0.2, relative_damping=relative, weight_sharing=weight_sharing), model)
     x, _ = sequences(8)
     x[:, 0], x[0, 3:] = 5, 0
     y = np.zeros((8, 6, 3), "float32")
@@ -136,10 +133,13 @@ def test_the_largest_eigenvalue_of_a_flat_spectrum(size):
 @pytest.mark.parametrize(("num", "max_rows"), [(4, None), (16, None), (16, 2)], ids=["sample", "feature", "Woodbury"])
 def test_failed_inverses_are_counted(num, max_rows):
     """The rows overflow in two of three layers."""
-    model = keras.Sequential([keras.Input((3, 6)), layers.Dense(8, name="first"), layers.Dense(8, name="second")])
-    model.add(layers.Activation("tanh"))
-    model.add(layers.Dense(2, name="third"))
-    capture_inputs(model).compile(optimizer=paper_isaac(damping=0.1, max_rows=max_rows), loss="mse")
+    stack = [
+        layers.Dense(8, name="first"),
+        layers.Dense(8, name="second"),
+        layers.Activation("tanh"),
+        layers.Dense(2, name="third"),
+    ]
+    model = captured(paper_isaac(damping=0.1, max_rows=max_rows), keras.Sequential([keras.Input((3, 6)), *stack]))
     x, y = np.random.default_rng(0).normal(size=(num, 3, 6)).astype("float32"), np.zeros((num, 3, 2), "float32")
     expected = {1.0: [0, 0, 0], 1e30: [1, 1, 0]}
     for scale, counts in expected.items():
@@ -185,7 +185,7 @@ def test_monitoring_does_not_change_training(around):
 
 def test_progress_lines_are_short_unless_the_numbers_are_logged(capsys):
     model = keras.Sequential([keras.Input((6,)), *[layers.Dense(6) for _ in range(20)], layers.Dense(3)])
-    capture_inputs(model).compile(optimizer=paper_isaac(), loss="mse")
+    captured(paper_isaac(), model)
     monitor = CurvatureMonitor(regression(8))
     history = fit(model, regression(16), callbacks=[monitor], verbose=2)
     assert list(history.history) == ["loss"]

@@ -461,15 +461,12 @@ class Normalized(keras.layers.Dense):
 
 def test_a_kernel_that_is_computed_is_plain():
     def run(optimizer):
-        model = capture_inputs(keras.Sequential([keras.Input((6,)), Normalized(4, activation="relu"), keras.layers.Dense(3)]))
+        model = keras.Sequential([keras.Input((6,)), Normalized(4, activation="relu"), keras.layers.Dense(3)])
+        captured(optimizer, with_random_weights(model))
         assert [status.reason for status in kernel_status(model)] == ["the layer computes its kernel from it", None]
-        model.compile(optimizer=optimizer, loss="mse")
         fit(model, regression(), epochs=1, batch_size=100)
         return weights(model)
 
-    keras.utils.set_random_seed(0)
-    plain = run(SGD(0.1))
-    keras.utils.set_random_seed(0)
-    conditioned = run(paper_isaac(0.1, damping=0.1))
-    assert_close(conditioned[0], plain[0])
-    assert np.abs(conditioned[2] - plain[2]).max() > 1e-4
+    plain, conditioned = run(SGD(0.1)), run(paper_isaac(0.1, damping=0.1))
+    assert_close(conditioned[:1], plain[:1])
+    assert_differ(conditioned[2:3], plain[2:3])

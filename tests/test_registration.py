@@ -31,12 +31,9 @@ class Toy(keras.layers.Layer):
         return (*input_shape[:-1], 2, 3)
 
 
-@pytest.fixture
-def _registered():
-    register_layer(Toy, kernel="weight", rows=lambda layer, inputs: keras.ops.square(inputs))
+register_layer(Toy, kernel="weight", rows=lambda layer, inputs: keras.ops.square(inputs))
 
 
-@pytest.mark.usefixtures("_registered")
 @each_mode
 def test_a_registered_layer_is_conditioned_on_its_rows(compiled):
     layer = Toy()
@@ -81,7 +78,6 @@ def test_inputs_by_keyword_under_another_name_and_in_a_list(kind):
     assert_only_damping_matters(Model, normal((16, 6), (16, 5)))
 
 
-@pytest.mark.usefixtures("_registered")
 def test_state_and_losses_of_the_call_are_kept():
     """The count of calls is a weight, and the loss is part of the gradient."""
 

@@ -5,7 +5,7 @@ import contextlib
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, paper_isaac, to_numpy
+from harness import BACKEND, normal, paper_isaac, to_numpy
 from keras import layers
 from models import captured
 
@@ -30,19 +30,19 @@ def one_hot(num=8, features=6):
     return BCOO.fromdense(dense)
 
 
-def targets(num=8):
-    return np.random.default_rng(1).normal(size=(num, 3)).astype("float32")
-
-
 def wide_and_deep():
     sparse, dense = keras.Input((6,), sparse=True), keras.Input((4,))
     outputs = layers.Dense(3, name="wide")(sparse) + layers.Dense(3, name="deep")(dense)
     return keras.Model([sparse, dense], outputs)
 
 
+def wide_and_deep_data():
+    dense, targets = normal((8, 4), (8, 3))
+    return [one_hot(), dense], targets
+
+
 def test_a_sparse_layer_trains_as_the_inner_optimizer_alone_would_train_it():
-    sparse = one_hot()
-    other = np.random.default_rng(2).normal(size=(8, 4)).astype("float32")
+    x, y = wide_and_deep_data()
     steps = {}
     for name in ("plain", "conditioned"):
         keras.utils.set_random_seed(0)
@@ -50,24 +50,23 @@ def test_a_sparse_layer_trains_as_the_inner_optimizer_alone_would_train_it():
         before = [to_numpy(weight) for weight in model.trainable_variables]
         if name == "plain":
             model.compile("sgd", "mse")
-            model.train_on_batch([sparse, other], targets())
+            model.train_on_batch(x, y)
         else:
             capture_inputs(model).compile(paper_isaac(0.01, damping=0.1), "mse")
             with pytest.warns(UserWarning, match=PLAIN):
-                model.train_on_batch([sparse, other], targets())
+                model.train_on_batch(x, y)
         steps[name] = {
             weight.path: to_numpy(weight) - start for weight, start in zip(model.trainable_variables, before, strict=True)
         }
     plain, conditioned = steps["plain"], steps["conditioned"]
     np.testing.assert_allclose(conditioned["wide/kernel"], plain["wide/kernel"], rtol=1e-5, atol=1e-8)
     assert np.abs(plain["wide/kernel"]).max() > 1e-4
-    # The dense layer is conditioned as always.
+    # The layer on dense inputs is conditioned.
     assert np.linalg.norm(conditioned["deep/kernel"]) < 0.9 * np.linalg.norm(plain["deep/kernel"])
 
 
 def test_status_summary_and_monitor_say_that_it_is_plain(capsys):
-    sparse = one_hot()
-    other = np.random.default_rng(2).normal(size=(8, 4)).astype("float32")
+    x, y = wide_and_deep_data()
     model = capture_inputs(wide_and_deep())
     assert {status.path: status.reason for status in kernel_status(model)} == {
         "wide/kernel": "sparse inputs",
@@ -78,9 +77,9 @@ def test_status_summary_and_monitor_say_that_it_is_plain(capsys):
         wide, deep = sorted(keras_isaac.summary(model, batch_size=8), key=lambda status: status.path, reverse=True)
     assert (wide.path, wide.reason, deep.form) == ("wide/kernel", "sparse inputs", "feature")
     assert "plain: sparse" in capsys.readouterr().out
-    monitor = CurvatureMonitor(([sparse, other], targets()))
+    monitor = CurvatureMonitor((x, y))
     with pytest.warns(UserWarning, match=PLAIN):
-        model.fit([sparse, other], targets(), batch_size=8, verbose=0, callbacks=[monitor])
+        model.fit(x, y, batch_size=8, verbose=0, callbacks=[monitor])
     assert {key.split("/")[0] for key in monitor.history} == {"step", "deep"}
 
 
@@ -107,12 +106,11 @@ def test_what_only_a_call_shows_is_in_the_summary():
 
 
 def test_a_model_of_sparse_inputs_alone_trains_and_warns():
-    sparse = one_hot()
     inputs = keras.Input((6,), sparse=True)
     model = captured(keras_isaac.ISAAC(), keras.Model(inputs, layers.Dense(3, name="wide")(inputs)))
     before = to_numpy(model.trainable_variables[0])
     with pytest.warns(UserWarning, match=PLAIN):
-        model.train_on_batch(sparse, targets())
+        model.train_on_batch(one_hot(), normal((8, 3))[0])
     assert np.abs(to_numpy(model.trainable_variables[0]) - before).max() > 1e-4
 
 
@@ -125,13 +123,12 @@ class Scores(layers.Layer):
 
 
 def test_a_registered_layer_on_sparse_inputs_is_plain_unless_its_rows_are_dense():
-    sparse = one_hot()
     for rows, reason in ((lambda layer, inputs: inputs, "sparse inputs"), (lambda layer, inputs: keras.ops.ones((8, 6)), None)):
         keras_isaac.register_layer(Scores, kernel="weight", rows=rows)
         inputs = keras.Input((6,), sparse=True)
         model = captured(paper_isaac(), keras.Model(inputs, Scores()(inputs)))
         is_plain = pytest.warns(UserWarning, match="Scores layer '.*' trains with its plain gradient")
         with contextlib.nullcontext() if reason is None else is_plain:
-            assert np.isfinite(model.train_on_batch(sparse, targets()))
+            assert np.isfinite(model.train_on_batch(one_hot(), normal((8, 3))[0]))
         with contextlib.nullcontext() if reason is None else is_plain:
             assert [status.reason for status in keras_isaac.summary(model, batch_size=8)] == [reason]
