@@ -588,7 +588,7 @@ class Gan(keras.Model):
             isaac = optimizer if isinstance(optimizer, ISAAC) else None
             gradients = loss_gradients(compute_loss, model.trainable_variables, isaac)
             optimizer.apply([ops.stop_gradient(gradient) for gradient in gradients], model.trainable_variables)
-        return {}
+        return {"loss": compute_loss()}
 
 
 def play(optimizer):
