@@ -103,7 +103,7 @@ def test_theorem_isaac_is_kfac_as_the_output_damping_grows():
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (12, 7), (5, 5), (1, 4)], ids=str)
-@pytest.mark.parametrize("outputs", [3, 8, 30])
+@pytest.mark.parametrize("outputs", [3, 30])
 @pytest.mark.parametrize("output_damping", [1e-3, 0.3, 1e9])
 @pytest.mark.parametrize(
     "options", [{}, {"relative_damping": True}, {"relative_damping": True, "preserve_norm": True}], ids=str
