@@ -13,7 +13,7 @@ Each line states one assumption about Keras and names the test in `tests/test_ho
 - A model without a step is given a new one: `test_a_model_without_a_step_makes_one`.
 - A step on JAX is given the optimizer's variables third: `test_a_jax_step_is_given_the_optimizer_variables_third`.
 - A layer runs the `call` of the instance: `test_a_layer_runs_the_call_of_the_instance`.
-- A quantized one, its `quantized_call`: `test_factors_beside_a_quantized_kernel`, of `test_lora.py`.
+- A quantized one, its `quantized_call`: `test_the_factors_of_a_quantized_kernel`, of `test_lora.py`.
 - It is built by the `build` of the instance, before its `call`: `test_a_layer_is_built_by_the_build_of_the_instance`.
 - It is recomputed by the `rematerialized_call` of the instance: `test_recomputation_runs_the_rematerialized_call`.
 - Copies and files ask the instance for `get_compile_config`: `test_copies_ask_for_the_compile_config_of_the_instance`.
