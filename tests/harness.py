@@ -65,7 +65,8 @@ def conditioning(damping, output_damping=None, **options):
 def conditioned_gradient(
     rows, output_gradient, damping, output_damping=None, *, dtype="float32", compiled=IS_COMPILED, **options
 ):
-    """The gradient of a kernel in the product of `rows` and it, given that of the product, in NumPy."""
+    """The gradient of a kernel in the product of all `rows` and it, given that of the product, in NumPy."""
+    options = {"max_rows": 1024, **options}
     rows, output_gradient = (keras.ops.convert_to_tensor(np.asarray(x, dtype)) for x in (rows, output_gradient))
     dampings = [keras.ops.convert_to_tensor(np.float32(x)) for x in (damping, output_damping) if x is not None]
     kernel = keras.ops.zeros((*rows.shape[:-2], rows.shape[-1], output_gradient.shape[-1]), dtype)

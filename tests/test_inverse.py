@@ -7,10 +7,6 @@ from models import captured
 from oracle import relative_error
 
 from keras_isaac import ISAAC, backend
-from keras_isaac.backend.elimination import gauss_jordan
-
-# Keras 3.9's `slice` on PyTorch.
-pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")
 
 
 def _positive_definite(*shape, seed=0):
@@ -59,8 +55,6 @@ def both_ways(function, *arrays):
 @pytest.mark.parametrize("shape", [(1,), (2,), (31,), (32,), (64,), (65,), (100,), (3, 5), (2, 70)], ids=str)
 def test_is_the_inverse(shape):
     matrix = _positive_definite(*shape)
-    for actual in both_ways(gauss_jordan, matrix):
-        assert relative_error(actual, np.linalg.inv(matrix.astype("float64"))) < 5e-6
     for actual in both_ways(damped_inverse, matrix, 0.3):
         assert relative_error(actual, 0.3 * np.linalg.inv(matrix + 0.3 * np.eye(shape[-1]))) < 5e-6
     rows = np.random.default_rng(1).normal(size=(*shape, 3))
@@ -73,18 +67,25 @@ def test_is_the_inverse(shape):
 
 
 @pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("size", [99, 256, 257])
+def test_is_accurate_at_a_hundredth_of_the_mean_eigenvalue_for_half_as_many_features(size):
+    """Beyond 256 rows, JAX eliminates in blocks."""
+    rows = np.random.default_rng(0).normal(size=(size, size // 2)).astype("float32")
+    matrix = rows @ rows.T / (size // 2)
+    expected = 0.01 * np.linalg.inv(matrix + 0.01 * np.eye(size))
+    for actual in both_ways(damped_inverse, matrix, 0.01):
+        assert relative_error(actual, expected) < 3e-4
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.often("*-3", "*-3-*")
 @pytest.mark.parametrize("size", [3, 70])
-@pytest.mark.parametrize("bad", ["negative", "indefinite", "singular", "nan"])
+@pytest.mark.parametrize("bad", ["negative", "indefinite", "nan"])
 def test_indefinite_is_bounded_and_nan_stays_so_and_nothing_raises(size, bad):
     matrix = np.eye(size, dtype="float32")
-    matrix[-1, -1] = {"negative": -1, "indefinite": 1, "singular": 0, "nan": np.nan}[bad]
+    matrix[-1, -1] = {"negative": -1, "indefinite": 1, "nan": np.nan}[bad]
     if bad == "indefinite":
         matrix[0, -1] = matrix[-1, 0] = 2
-    for actual in both_ways(gauss_jordan, matrix):
-        assert np.isnan(actual).any()
-    if bad == "singular":
-        return
     factor = np.random.default_rng(1).normal(size=(size, 2))
     for actual in both_ways(damped_projection, matrix, 1e-20, factor):
         if bad == "nan":

@@ -44,10 +44,10 @@ def sums(rows, num_sums):
     num_rows = len(rows)
     if num_sums >= num_rows:
         return rows
-    num_terms = -(-num_rows // num_sums)
-    signs = np.random.default_rng(0).choice([-1, 1], num_terms * num_sums)[:num_rows, None]
+    index, signs = np.arange(num_rows), np.random.default_rng(0).choice([-1, 1], 2048)
+    signs = signs[-1 - index // 2048] * signs[index % 2048]
     total = np.zeros((num_sums, rows.shape[1]))
-    np.add.at(total, np.arange(num_rows) % num_sums, signs * rows)
+    np.add.at(total, index % num_sums, signs[:, None] * rows)
     return total * np.sqrt(num_sums / num_rows)
 
 
@@ -90,14 +90,45 @@ def test_the_damping_has_the_same_unit_for_any_number_of_rows():
 
 def test_the_budget_bounds_what_conditioning_adds():
     for num_total, num_in, num_out in itertools.product((100, 2_000, 50_000), (27, 128, 1024), (8, 128, 4096)):
-        kept = plan.num_kept(num_total, num_in, num_out, None)
+        kept = plan.num_kept(num_total, num_in, num_out, True, None)
         assert plan.MIN_ROWS <= kept <= plan.NUM_READ
         rows = Rows(np.zeros((kept, num_in)), kept, num_total, num_total, is_shared=True)
         added = plan.added_multiplications(KernelCall((num_in, num_out), rows))
         assert kept == plan.MIN_ROWS or added <= plan.BUDGET * 3 * num_total * num_in * num_out
-    assert plan.num_kept(50_000, 128, 128, None) > plan.num_kept(2_000, 128, 128, None)
-    assert plan.num_kept(None, 128, 128, None) == plan.MIN_ROWS
-    assert plan.num_kept(2_000, 128, 128, 7) == 7
+    assert plan.num_kept(50_000, 128, 128, True, None) > plan.num_kept(2_000, 128, 128, True, None)
+    assert plan.num_kept(None, 128, 128, True, None) == plan.MIN_ROWS
+    assert plan.num_kept(2_000, 128, 128, True, 7) == 7
+
+
+@each_mode
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize(("batch", "features", "units", "num_sums"), [(40, 32, 1, 8), (40, 32, 32, None), (3000, 32, 2, 512)])
+def test_a_narrow_layer_of_a_plain_batch_is_conditioned_on_sums(batch, features, units, num_sums, has_mask, compiled):
+    """As many as double its multiplications. One mask value for each sample leaves some out."""
+    layer, inputs, cotangent = layer_and_data(layers.Dense(units), batch, features)
+    mask = np.arange(batch) % 4 > 0
+    if has_mask:
+        layer = keras.Sequential([layers.Masking(), layer])
+        inputs[~mask] = 0
+    plain, conditioned = kernel_gradients(layer, inputs, cotangent, compiled, max_rows=None)
+    num_valid = mask.sum() if has_mask else batch
+    damping = 0.3 * num_valid / batch
+    rows = inputs if num_sums is None else sums(inputs, num_sums)
+    assert relative_error(conditioned, oracle.condition(rows, plain, damping)) < 5e-5
+    _, exact = kernel_gradients(layer, inputs, cotangent, compiled, max_rows=1024)
+    assert relative_error(exact, oracle.condition(inputs, plain, damping)) < 5e-5
+
+
+def test_the_budget_of_a_plain_batch_is_what_the_layer_itself_costs():
+    for num_total, num_in, num_out in itertools.product((4, 60, 1000), (2, 64, 1024), (1, 64, 1024)):
+        kept = plan.num_kept(num_total, num_in, num_out, False, None)
+        rows = Rows(np.zeros((kept or num_total, num_in)), num_total, num_total, num_total)
+        added = plan.added_multiplications(KernelCall((num_in, num_out), rows, has_product=kept is None))
+        assert kept == plan.PLAIN_MIN_ROWS or added <= plan.PLAIN_BUDGET * 3 * num_total * num_in * num_out
+    assert plan.num_kept(60, 400, 400, False, None) is None
+    assert plan.num_kept(60, 400, 1, False, None) == plan.PLAIN_MIN_ROWS
+    assert plan.num_kept(None, 400, 1, False, None) is None
+    assert plan.num_kept(60, 400, 1, False, 1024) is None
 
 
 def test_rows_are_spread_over_samples_and_positions(monkeypatch):

@@ -65,8 +65,8 @@ class Benchmark:
         # Forward, kernel gradient, input gradient.
         plain = self.attention + sum(3 * math.prod(product) for product in self.products)
         plain -= 0 if self.embeds else math.prod(self.products[0])
-        max_rows = self.variants[variant] if self.shares else ALL_ROWS
-        return 1 + sum(added_multiplications(*product, max_rows) for product in self.products) / plain
+        options = self.shares, self.variants[variant]
+        return 1 + sum(added_multiplications(*product, *options) for product in self.products) / plain
 
     def data(self, steps):
         """Random inputs and targets; the time does not depend on them."""
@@ -79,14 +79,14 @@ class Benchmark:
         return x, x if self.classes is None else random.integers(0, self.classes, len(x), dtype="int32")
 
 
-def added_multiplications(rows, num_in, num_out, max_rows):
+def added_multiplications(rows, num_in, num_out, shares, max_rows):
     """Gram matrix, inverse, and their products with the gradients, in the form that the conditioner takes."""
     import keras
 
     from keras_isaac.curvature import plan
     from keras_isaac.curvature.rows import KernelCall, Rows
 
-    kept = min(rows, plan.num_kept(rows, num_in, num_out, max_rows))
+    kept = min(rows, plan.num_kept(rows, num_in, num_out, shares, max_rows) or rows)
     sampled = Rows(keras.KerasTensor((kept, num_in)), kept, rows, rows)
     return plan.added_multiplications(KernelCall((num_in, num_out), sampled, has_product=kept == rows))
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from keras_isaac.backend.elimination import gauss_jordan
+from keras_isaac.backend.elimination import gauss_jordan, inverse
 from keras_isaac.backend.layout import with_sharding
 
 if TYPE_CHECKING:
@@ -95,10 +95,10 @@ def damped_projection(
     if not damped.shape[-1]:
         return factor, False
     # Every device computes the whole inverse. Split over devices, an elimination would communicate for every pivot.
-    inverse = with_sharding(_inverse(with_sharding(damped)))
-    is_finite = jnp.isfinite(inverse)
+    inverted = with_sharding(_inverse(with_sharding(damped), damping + total))
+    is_finite = jnp.isfinite(inverted)
     bound = damping / (damping + total) * jnp.eye(damped.shape[-1], dtype=damped.dtype)
-    return matmul(jnp.where(is_finite, damping * inverse, bound), factor), ~jnp.all(is_finite, axis=(-2, -1))
+    return matmul(jnp.where(is_finite, damping * inverted, bound), factor), ~jnp.all(is_finite, axis=(-2, -1))
 
 
 def damped_inverse_root(
@@ -115,8 +115,8 @@ def damped_inverse_root(
 
 # Layers with matrices of the same shape share a trace. If a pivot is not positive, no entry is finite.
 @jax.jit
-def _inverse(damped: jax.Array) -> jax.Array:
-    return jax.lax.platform_dependent(damped, cpu=gauss_jordan, default=_inverse_by_cholesky)
+def _inverse(damped: jax.Array, bound: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(damped, bound, cpu=inverse, default=_inverse_by_cholesky)
 
 
 @jax.jit
@@ -124,7 +124,7 @@ def _whitened(damped: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(damped, rows, cpu=_whiten_by_elimination, default=_whiten_by_cholesky)
 
 
-def _inverse_by_cholesky(matrix: jax.Array) -> jax.Array:
+def _inverse_by_cholesky(matrix: jax.Array, _: jax.Array) -> jax.Array:
     root = _whiten_by_cholesky(matrix, jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape))
     return matmul(jnp.swapaxes(root, -2, -1), root)
 

@@ -109,10 +109,8 @@ def conditioned_matmul(inputs: Any, kernel: Any, conditioning: Conditioning, row
 
 def _num_output_rows(inputs: Any, shape: tuple[int, ...], conditioning: Conditioning, rows: Rows) -> int | None:
     num_rows = inputs.shape[-2]
-    if not rows.is_shared or num_rows is None:
-        return num_rows
-    num_sums = plan.num_kept(rows.num_total, shape[-1], shape[-2], conditioning.max_rows)
-    return min(num_rows, num_read(conditioning), num_sums)
+    num_sums = plan.num_kept(rows.num_total, shape[-1], shape[-2], rows.is_shared, conditioning.max_rows)
+    return num_rows if num_rows is None or num_sums is None else min(num_rows, num_read(conditioning), num_sums)
 
 
 def _matmul_with_outputs(inputs: Any, kernel: Any, rows: Rows, form: str | None, conditioning: Conditioning) -> Any:

@@ -1,5 +1,6 @@
 """Which form conditions a kernel, on how many rows, and what it costs. Nothing else decides this."""
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -8,10 +9,10 @@ if TYPE_CHECKING:
 
 SAMPLE, WOODBURY, FEATURE, DIAGONAL = "sample", "Woodbury", "feature", "diagonal"
 
-# The share of a layer's own multiplications that conditioning may add where positions share the kernel, and the number of rows
-# that are always affordable.
-BUDGET = 0.1
-MIN_ROWS = 64
+# The multiplications that conditioning may add, as a share of the layer's own, and the number of rows that are always
+# affordable: where positions share the kernel, and for one row a sample.
+BUDGET, MIN_ROWS = 0.1, 64
+PLAIN_BUDGET, PLAIN_MIN_ROWS = 1.0, 8
 # The number of rows that are read, to be summed. Reading costs little compared with a product with a kernel.
 NUM_READ = 1024
 
@@ -34,8 +35,8 @@ def choose(call: "KernelCall") -> str | None:
     return SAMPLE if call.has_product and num_rows <= num_in else _form(num_rows, num_in)
 
 
-def num_kept(num_total: int | None, num_in: int, num_out: int, max_rows: int | None) -> int:
-    """Returns the number of rows, or sums of rows, on which a kernel that positions share is conditioned.
+def num_kept(num_total: int | None, num_in: int, num_out: int, is_shared: bool, max_rows: int | None) -> int | None:
+    """Returns the number of rows, or sums of rows, on which a kernel is conditioned; `None` for all.
 
     As many as add at most `BUDGET` times the layer's own multiplications, but at least `MIN_ROWS`.
 
@@ -43,17 +44,29 @@ def num_kept(num_total: int | None, num_in: int, num_out: int, max_rows: int | N
         num_total: integer, the rows of the layer, or `None` if unknown while tracing.
         num_in: integer, the features of a row.
         num_out: integer, the features of a product.
+        is_shared: boolean, whether positions share the kernel.
         max_rows: integer that the user chose instead, or `None`.
     """
     if max_rows is not None:
-        return max_rows
+        return max_rows if is_shared else None
     if num_total is None:
-        return MIN_ROWS
-    allowed = BUDGET * 3 * num_total * num_in * num_out
+        return MIN_ROWS if is_shared else None
+    budget, least = (BUDGET, MIN_ROWS) if is_shared else (PLAIN_BUDGET, PLAIN_MIN_ROWS)
+    allowed = budget * 3 * num_total * num_in * num_out
+    if not is_shared and affords_all(num_total, num_in, num_out):
+        return None
     kept = NUM_READ
-    while kept > MIN_ROWS and _cost(_form(kept, num_in), kept, num_in, num_out) > allowed:
+    while kept > least and _cost(_form(kept, num_in), kept, num_in, num_out) > allowed:
         kept //= 2
     return kept
+
+
+# Eager PyTorch asks in every step.
+@functools.cache
+def affords_all(num_total: int, num_in: int, num_out: int) -> bool:
+    """Returns whether a kernel that is used once a sample is conditioned on all samples: not a narrow one in a large batch."""
+    form = SAMPLE if num_total <= num_in else FEATURE
+    return _cost(form, num_total, num_in, num_out) <= PLAIN_BUDGET * 3 * num_total * num_in * num_out
 
 
 def _form(num_rows: int, num_in: int) -> str:

@@ -164,11 +164,11 @@ def num_read(conditioning: Conditioning) -> int:
 
 def condensed(rows: Rows, shape: tuple[int, ...], conditioning: Conditioning) -> Rows:
     """Returns as many rows as `plan.num_kept` allows for a kernel of this shape: as they are, or sums of them."""
-    if not rows.is_shared:
-        return rows
     num_rows = rows.values.shape[-2]
-    num_sums = plan.num_kept(rows.num_total, shape[-2], shape[-1], conditioning.max_rows)
-    if num_sums >= (num_read(conditioning) if num_rows is None else num_rows):
+    if num_rows is None and not rows.is_shared:
+        return rows
+    num_sums = plan.num_kept(rows.num_total, shape[-2], shape[-1], rows.is_shared, conditioning.max_rows)
+    if num_sums is None or num_sums >= (num_read(conditioning) if num_rows is None else num_rows):
         return rows
     return rows.of(_signed_sums(rows.values, num_sums, num_read(conditioning)))
 
@@ -196,12 +196,15 @@ def _signed_sums(values: Any, num_sums: int, max_rows: int) -> Any:
     return values[..., 0, :, :]
 
 
-# The same in every step and on every backend. Of at most `NUM_READ` rows, padded to a power of two of terms for each sum.
+# The same in every step and on every backend. `torch.compile` traces no generator of random numbers.
 _SIGNS = np.random.default_rng(0).choice(np.array([-1, 1], "float32"), 2 * plan.NUM_READ)
 
 
 def _signs(num_terms: int, num_sums: int) -> np.ndarray:
-    return np.reshape(_SIGNS[: num_terms * num_sums], (num_terms, num_sums, 1))
+    count = num_terms * num_sums
+    # More rows than signs: each block of signs has a sign of its own.
+    signs = np.outer(_SIGNS[::-1][: -(-count // len(_SIGNS))], _SIGNS)
+    return np.reshape(np.ravel(signs)[:count], (num_terms, num_sums, 1))
 
 
 def subsample(rows: Any, max_rows: int | None, axis: int = -2) -> Any:

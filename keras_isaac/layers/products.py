@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_isaac.backend import layout
+from keras_isaac.curvature import plan
 from keras_isaac.curvature.conditioner import cast
 from keras_isaac.curvature.operations import conditioned, conditioned_matmul
 from keras_isaac.curvature.rows import SPARSE, KernelCall, Rows, condensed, expected_total, product_rows, sampled_rows
@@ -54,7 +55,9 @@ def product(inputs: Any, kernel: Any, conditioning: Conditioning, mask: Any = No
         num_total = inputs.shape[-2]
         num_rows = ops.shape(inputs)[-2] if num_total is None else num_total
         rows = Rows(inputs, num_rows, num_rows, num_total)
-        return conditioned_matmul(inputs, kernel, conditioning, rows, is_whole=True)
+        if num_total is not None and not plan.affords_all(num_total, *kernel.shape[-2:]):
+            rows = condensed(rows, tuple(kernel.shape), conditioning)
+        return conditioned_matmul(inputs, kernel, conditioning, rows, rows.values is inputs)
     shape = ops.shape(inputs)
     # All sizes are given, since `reshape` cannot infer one in an empty batch.
     matrix = ops.reshape(inputs, (*shape[:num_groups], math.prod(shape[num_groups:-1]), shape[-1]))
