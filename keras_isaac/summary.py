@@ -220,8 +220,8 @@ def _print(model: keras.Model, statuses: list[KernelStatus], batch_size: int, sh
     is_reduced = any(status.num_sampled != status.rows for status in conditioned if status.form != plan.DIAGONAL)
     if is_reduced and all(isaac.max_rows is None for isaac in isaacs_in(optimizer)):
         lines.append(
-            f"Sums of rows bound the cost: as many as add {100 * plan.BUDGET:.0f}% to a layer whose positions share its kernel, and "
-            f"{100 * plan.PLAIN_BUDGET:.0f}% to another. ISAAC(max_rows=...) sets another number."
+            f"Sums of rows bound the cost: as many as add {100 * plan.BUDGET:.0f}% to a layer whose positions share its kernel "
+            f"and {100 * plan.PLAIN_BUDGET:.0f}% to another. ISAAC(max_rows=...) sets another number."
         )
     lines.append(_cost(conditioned, total, batch_size))
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False)

@@ -146,7 +146,7 @@ def test_the_budget_of_rows_is_explained_where_it_applies(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     inputs = keras.Input((20, 40))
     model = capture_inputs(keras.Model(inputs, layers.Dense(40)(inputs)))
-    budget = "as many as add 10% to a layer whose positions share its kernel, and 100% to another."
+    budget = "as many as add 10% to a layer whose positions share its kernel and 100% to another."
     for options, batch_size, is_explained in (({}, 32, True), ({}, 2, False), ({"max_rows": 128}, 32, False)):
         model.compile(optimizer=keras_isaac.ISAAC(**options))
         (status,) = keras_isaac.summary(model, batch_size)
