@@ -180,6 +180,9 @@ def _signed_sums(values: Any, num_sums: int, max_rows: int) -> Any:
     a group are `num_sums` apart, so that the positions of a sample fall into different groups.
     """
     *groups, num_rows, num_features = ops.shape(values)
+    if isinstance(num_rows, int) and num_rows <= _FEW:
+        matrix = backend.constant(_matrix_of_sums, num_rows, num_sums)
+        return backend.matmul(ops.cast(matrix, values.dtype), values)
     num_terms = -(-(num_rows if isinstance(num_rows, int) else max_rows) // num_sums)
     num_terms = 2 ** (num_terms - 1).bit_length()
     padding = num_terms * num_sums - num_rows
@@ -196,6 +199,8 @@ def _signed_sums(values: Any, num_sums: int, max_rows: int) -> Any:
     return values[..., 0, :, :]
 
 
+# So few rows are summed by one product: eager PyTorch pays for every operation.
+_FEW = 128
 # The same in every step and on every backend. `torch.compile` traces no generator of random numbers.
 _SIGNS = np.random.default_rng(0).choice(np.array([-1, 1], "float32"), 2 * plan.NUM_READ)
 
@@ -205,6 +210,11 @@ def _signs(num_terms: int, num_sums: int) -> np.ndarray:
     # More rows than signs: each block of signs has a sign of its own.
     signs = np.outer(_SIGNS[::-1][: -(-count // len(_SIGNS))], _SIGNS)
     return np.reshape(np.ravel(signs)[:count], (num_terms, num_sums, 1))
+
+
+def _matrix_of_sums(num_rows: int, num_sums: int) -> np.ndarray:
+    is_summed = np.arange(num_rows) % num_sums == np.arange(num_sums)[:, None]
+    return np.where(is_summed, _SIGNS[:num_rows], np.float32(0))
 
 
 def subsample(rows: Any, max_rows: int | None, axis: int = -2) -> Any:
