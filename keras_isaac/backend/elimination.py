@@ -34,9 +34,10 @@ def swept_inverse(matrix: jax.Array, bound: jax.Array) -> jax.Array:
     are at most 1.
     """
     size = matrix.shape[-1]
-    swept = _padded(matrix / bound, size % 2)
+    # A power of two, so that scaling does not round: a small damping on a large diagonal is just resolved.
+    scale = jnp.ldexp(jnp.ones_like(bound), -jnp.frexp(bound)[1])
+    swept = _padded(matrix * scale, size % 2)
     columns = jnp.arange(swept.shape[-1])
-    pair = jnp.arange(2)[:, None]
 
     def sweep(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         swept, left, right = state
@@ -44,16 +45,17 @@ def swept_inverse(matrix: jax.Array, bound: jax.Array) -> jax.Array:
         swept = swept - left[..., :1, :].mT * right[..., :1, :] - left[..., 1:, :].mT * right[..., 1:, :]
         rows = dynamic_slice_in_dim(swept, 2 * i, 2, axis=-2)
         block = dynamic_slice_in_dim(rows, 2 * i, 2, axis=-1)
-        first, second, product = block[..., :1, :1], block[..., 1:, 1:], block[..., :1, 1:]
-        determinant = _positive(jnp.where(first > 0, first * second - product * product, 0))
-        inverted = block[..., ::-1, ::-1] * jnp.where(pair == pair.T, 1, -1).astype(block.dtype) / determinant
-        left = rows - (columns == 2 * i + pair)
-        return swept, left, inverted[..., :1] * left[..., :1, :] + inverted[..., 1:] * left[..., 1:, :]
+        first, product, second = block[..., :1, :1], block[..., :1, 1:], block[..., 1:, 1:]
+        upper = rows[..., :1, :] - (columns == 2 * i)
+        # After the first pivot is swept.
+        lower = rows[..., 1:, :] - (columns == 2 * i + 1) - product / first * upper
+        divided = upper * (1 / _positive(first)), lower * (1 / _positive(second - product / first * product))
+        return swept, jnp.concatenate([upper, lower], axis=-2), jnp.concatenate(divided, axis=-2)
 
     # The first iteration subtracts nothing, and nothing reads the factors of the last one.
     nothing = jnp.zeros((*swept.shape[:-2], 2, swept.shape[-1]), swept.dtype)
     swept, *_ = jax.lax.fori_loop(0, swept.shape[-1] // 2 + 1, sweep, (swept, nothing, nothing))
-    return (2 * jnp.eye(size, dtype=matrix.dtype) - swept[..., :size, :size]) / bound
+    return (2 * jnp.eye(size, dtype=matrix.dtype) - swept[..., :size, :size]) * scale
 
 
 def gauss_jordan(matrix: jax.Array, is_root: bool = False) -> jax.Array:

@@ -95,7 +95,7 @@ def damped_projection(
     if not damped.shape[-1]:
         return factor, False
     # Every device computes the whole inverse. Split over devices, an elimination would communicate for every pivot.
-    inverted = with_sharding(_inverse(with_sharding(damped), damping + total))
+    inverted = with_sharding(_inverse(with_sharding(damped), damping + total + _TINY))
     is_finite = jnp.isfinite(inverted)
     bound = damping / (damping + total) * jnp.eye(damped.shape[-1], dtype=damped.dtype)
     return matmul(jnp.where(is_finite, damping * inverted, bound), factor), ~jnp.all(is_finite, axis=(-2, -1))
