@@ -40,7 +40,8 @@ def capture_inputs(
     Raises:
         TypeError: if `target` is no model, layer or model class, or a rule is no layer or string.
         ValueError: if a rule matches no layer, or selects only layers that cannot be conditioned. Paths are known once a
-            layer is built: for a model not built yet, the error comes in the first training step.
+            layer is built: for a model not built yet, the error comes in the first training step, on JAX before Keras
+            3.14 as a `RuntimeError` that quotes it.
 
     Example:
     >>> import keras

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import BACKEND
+from harness import BACKEND, masks_a_stack
 from keras import layers
 from oracle import relative_error
 from readings import (
@@ -257,7 +257,7 @@ OFTEN = [
 
 def each_case(cases=tuple(CASES)):
     """Parametrizes a test over the table, or over some of its rows."""
-    marks = {case_id: [pytest.mark.slow] for case_id in RARE}
+    marks = {"stack-masked": masks_a_stack, **dict.fromkeys(RARE, pytest.mark.slow)}
     params = [pytest.param(case, id=case.id, marks=marks.get(case.id, ())) for case in cases]
     return pytest.mark.parametrize("case", params)
 

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from harness import BACKEND, paper_isaac, to_numpy
+from harness import BACKEND, KERAS_VERSION, paper_isaac, to_numpy
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
 from models import (
     COPIES,
@@ -356,7 +356,9 @@ def test_error_rules_that_match_nothing():
 
 def test_error_rules_that_match_nothing_in_a_model_built_later():
     model = capture_inputs(Branches(), include="nowhere")
-    with pytest.raises(ValueError, match="`include` matches no layer of Branches"):
+    # Here an older `fit` quotes an error of the build.
+    error = RuntimeError if BACKEND == "jax" and KERAS_VERSION < (3, 14) else ValueError
+    with pytest.raises(error, match="`include` matches no layer of Branches"):
         train(model)
 
 

@@ -3,7 +3,7 @@ import inspect
 import keras
 import numpy as np
 import pytest
-from harness import BACKEND, each_mode, paper_isaac, run, to_numpy
+from harness import BACKEND, KERAS_VERSION, each_mode, paper_isaac, run, to_numpy
 from keras.optimizers import SGD, Adam, LossScaleOptimizer
 from keras.optimizers.schedules import ExponentialDecay, PiecewiseConstantDecay
 from models import assert_close, assert_differ, captured, fit, mlp, regression, trained, weights
@@ -170,10 +170,7 @@ def test_config_round_trip(optimizer):
         assert type(copy.inner_optimizer) is type(optimizer.inner_optimizer)
 
 
-@pytest.mark.skipif(
-    tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 16),
-    reason="since Keras 3.16 a name is one of Keras' own optimizers",
-)
+@pytest.mark.skipif(KERAS_VERSION >= (3, 16), reason="since Keras 3.16 a name is one of Keras' own optimizers")
 def test_compile_by_name():
     model = captured("isaac")
     assert type(model.optimizer) is ISAAC

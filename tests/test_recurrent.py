@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from cases import FEATURES, MASK, SAMPLES, SEQUENCES, STEPS, UNITS, Case, assert_conditioned, data, stacked
-from harness import BACKEND, gradients_by, normal, paper_isaac, run, slow_but_on_torch, to_numpy
+from harness import BACKEND, gradients_by, masks_a_stack, normal, paper_isaac, run, slow_but_on_torch, to_numpy
 from keras import layers
 from models import assert_close, assert_only_damping_matters, captured, fit, weights, with_random_weights
 from oracle import relative_error
@@ -177,6 +177,7 @@ def batch():
     return inputs, np.tanh(inputs[:, 0, :1])
 
 
+@masks_a_stack
 @slow_but_on_torch
 @pytest.mark.parametrize(
     "policy",
@@ -193,6 +194,7 @@ def test_training_moves_all_weights_and_the_loss_falls(policy):
         assert np.abs(ours - theirs).max() > 1e-4
 
 
+@masks_a_stack
 def test_kernel_status_and_summary_show_what_is_conditioned(capsys):
     model = capture_inputs(network())
     for status in kernel_status(model):

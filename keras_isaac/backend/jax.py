@@ -177,7 +177,7 @@ def _vary_as(kernel: Any, tensors: Iterable[Any]) -> Any:
 
 def _varying_axes(tensor: Any) -> frozenset:
     """Returns the axes of the mesh along which a value in `jax.shard_map(check_vma=True)` differs."""
-    kind = jax.typeof(tensor)
+    kind = jax.typeof(tensor) if hasattr(jax, "typeof") else None  # An older JAX has no `typeof`, and no such axes.
     # Versions of JAX name it differently.
     return getattr(getattr(kind, "manual_axis_type", None), "varying", None) or getattr(kind, "vma", None) or frozenset()
 
