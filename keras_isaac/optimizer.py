@@ -28,7 +28,7 @@ class ISAAC(keras.optimizers.Optimizer):
     the batch is smaller than the layer is wide, only a matrix of `[rows, rows]` is inverted, and the overhead vanishes.
     Clipping, weight decay, moving averages, gradient accumulation and `iterations` are the inner optimizer's, and so are
     its defaults: `ISAAC()` trains as AdamW does, on conditioned gradients. The paper's own method is
-    `ISAAC(learning_rate=0.1, damping=1.0, inner_optimizer="sgd", relative_damping=False)`.
+    `ISAAC(learning_rate=0.1, inner_optimizer="sgd", relative_damping=False, max_rows=1024)`.
 
     References:
         - [ISAAC Newton: Input-based Approximate Curvature for Newton's Method](https://arxiv.org/abs/2305.00604), Petersen

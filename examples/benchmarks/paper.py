@@ -153,7 +153,10 @@ class Trainer:
         model = task.build(0)
         self.model = capture_inputs(model, include=choose and choose(model))
         optimizer = keras.optimizers.get({"class_name": method.optimizer, "config": method.options})
-        self.optimizer = optimizer if method.isaac is None else ISAAC(inner_optimizer=optimizer, **method.isaac)
+        if method.isaac is not None:
+            # All rows condition a kernel, as in the paper.
+            optimizer = ISAAC(inner_optimizer=optimizer, max_rows=1024, **method.isaac)
+        self.optimizer = optimizer
         self.model.compile(optimizer=self.optimizer, loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         self.optimizer.build(self.model.trainable_variables)
         self.initial = [keras.ops.convert_to_numpy(variable) for variable in self.optimizer.variables]
