@@ -53,7 +53,7 @@ def swept_inverse(matrix: jax.Array, bound: jax.Array) -> jax.Array:
         return swept, jnp.concatenate([upper, lower], axis=-2), jnp.concatenate(divided, axis=-2)
 
     # The first iteration subtracts nothing, and nothing reads the factors of the last one.
-    nothing = jnp.zeros((*swept.shape[:-2], 2, swept.shape[-1]), swept.dtype)
+    nothing = jnp.zeros_like(swept[..., :2, :])
     swept, *_ = jax.lax.fori_loop(0, swept.shape[-1] // 2 + 1, sweep, (swept, nothing, nothing))
     return (2 * jnp.eye(size, dtype=matrix.dtype) - swept[..., :size, :size]) * scale
 
