@@ -59,8 +59,9 @@ class ISAAC(keras.optimizers.Optimizer):
         max_rows: integer, the most rows that condition a kernel which positions share: of more positions, sums under random
             signs are formed. It changes the cost, not the unit of the damping. Defaults to `None`, a budget: as many as add at
             most 10 % to the layer's own multiplications, and at least 64. Other kernels, such as those of `Dense` on a batch
-            of vectors, are conditioned on all samples; without `max_rows`, a narrow one, which this would more than double the
-            multiplications of, is conditioned on as many sums as double them, and at least 8.
+            of vectors, are conditioned on all samples. Without `max_rows`, and where the batch size is known while the step is
+            traced (not in `fit` on TensorFlow), a narrow one whose multiplications this would more than double is conditioned
+            on as many sums as double them, and at least 8.
         per_replica: boolean, whether each replica of a `keras.distribution` on JAX conditions its gradient on its own rows, as
             replicas do on TensorFlow and PyTorch in any case: no more crosses devices then than in a plain step. It holds for
             dense and einsum layers that see no mask, under `weight_sharing="expand"`; other layers are conditioned on the rows
