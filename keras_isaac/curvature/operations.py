@@ -6,9 +6,10 @@ Without `preserve_norm` and an output damping they are linear in the gradient, a
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_isaac import backend
@@ -63,13 +64,78 @@ def _condition_finished(
     values: Any,
     damping: Any,
     *counts: Any,
-    static_counts: tuple[int, ...],
+    static_counts: tuple[int, ...] = (),
     form: str | None,
     conditioning: Conditioning,
 ) -> Any:
     counts, is_relative = counts or static_counts, conditioning.relative_damping
     conditioned = conditioner.condition(gradient, values, damping, *counts, form=form, is_relative=is_relative)
     return conditioner.with_norm_of(gradient, conditioned) if conditioning.preserve_norm else conditioned
+
+
+def conditioned_late(
+    kernel: keras.Variable,
+    conditioning: Conditioning,
+    shape: tuple[Any, ...],
+    rows_of: Callable[[Any], Rows],
+    columns: int | None,
+) -> tuple[Any, Callable[[Any, Any], Any]]:
+    """Returns a kernel, conditioned on rows that are known only after the layer's call, and a function that brings them.
+
+    The function returns its first argument, the results of the call, which bring its second, the features that the kernel
+    multiplied in it, to the conditioner in the backward pass. The kernel comes with a *gradient probe*, a tensor of zeros. In
+    the backward pass, the results route the features to the probe, as its gradient, which reaches the conditioner together
+    with that of the kernel.
+
+    Args:
+        kernel: variable `[..., out]`.
+        conditioning: the `Conditioning` in force.
+        shape: tuple, the shape of the features, `[samples, steps, ...]`.
+        rows_of: function of the features, which returns `Rows`.
+        columns: integer, how many columns of the kernel multiply the rows; `None` for all.
+    """
+    conditioning.refuse_outputs()
+    value = ops.convert_to_tensor(kernel)
+    matrix = ops.reshape(value, (-1, value.shape[-1]))
+    read_shape = tuple(matrix[:, :columns].shape)
+
+    def condensed_rows(features: Any) -> Rows:
+        return condensed(rows_of(features), read_shape, conditioning)
+
+    def gradients(output_gradients: tuple[Any, Any], kernel: Any, probe: Any, damping: Any) -> tuple[Any, None, None]:
+        gradient, routed = output_gradients
+        # A loss that contains derivatives routes the features several times. The last feature counts them.
+        rows = condensed_rows(routed[..., :-1] / backend.clip(routed[..., -1:], 1))
+        form, counts = plan.choose(KernelCall(read_shape, rows)), (rows.num_sampled, rows.num_valid)
+        return _condition_finished(gradient, rows.values, damping, *counts, form=form, conditioning=conditioning), None, None
+
+    # One extra feature, which counts how often the features were routed.
+    probe = ops.zeros((*shape[:-1], shape[-1] + 1), value.dtype)
+    read, probe = backend.with_gradients(
+        lambda kernel, probe, damping: (kernel * 1, probe * 1), gradients, matrix[:, :columns], probe, conditioning.damping
+    )
+
+    def bring(results: Any, features: Any) -> Any:
+        features = ops.reshape(features, shape)
+        if conditioning.record is not None:
+            conditioning.note(KernelCall(read_shape, condensed_rows(features)))
+        features = ops.stop_gradient(ops.cast(features, probe.dtype))
+        message = ops.concatenate([features, ops.ones_like(features[..., :1])], axis=-1)
+        return keras.tree.pack_sequence_as(results, list(_route_gradient(keras.tree.flatten(results), probe, message)))
+
+    matrix = read if columns is None else ops.concatenate([read, matrix[:, columns:]], axis=1)
+    return ops.reshape(matrix, value.shape), bring
+
+
+def _route_gradient(tensors: Sequence[Any], probe: Any, message: Any) -> tuple[Any, ...]:
+    """Returns the tensors; a gradient that passes through them adds the message to the probe's gradient."""
+
+    def gradients(output_gradients: Sequence[Any], *inputs: Any) -> tuple[Any, ...]:
+        *_, probe, message = inputs
+        # The loss may contain only derivatives of the results, which therefore route the features too.
+        return *_route_gradient(output_gradients, probe, message), message, None
+
+    return backend.with_gradients(lambda *inputs: inputs[:-2], gradients, *tensors, probe, message)
 
 
 def conditioned_matmul(inputs: Any, kernel: Any, conditioning: Conditioning, rows: Rows, is_whole: bool) -> Any:

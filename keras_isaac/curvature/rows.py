@@ -91,7 +91,7 @@ class KernelCall:
         return self.shape[-1]
 
 
-def sampled_rows(inputs: Any, conditioning: Conditioning, mask: Any = None, num_groups: int = 0, summed: bool = False) -> Rows:
+def sampled_rows(inputs: Any, conditioning: Conditioning, mask: Any = None, num_groups: int = 0) -> Rows:
     """Returns the `Rows` of a layer's inputs: all of a plain batch, a part of them where positions share the kernel.
 
     Args:
@@ -99,7 +99,6 @@ def sampled_rows(inputs: Any, conditioning: Conditioning, mask: Any = None, num_
         conditioning: the `Conditioning` in force, for `weight_sharing` and `max_rows`.
         mask: tensor `[samples, *positions]`, with or without the groups in front, true where a position is valid, or `None`.
         num_groups: how many leading axes are groups.
-        summed: boolean, whether to reduce a sample to the sum of its positions instead of their mean, as gradients are.
     """
     is_shared = len(inputs.shape) > num_groups + 2
     num_total = expected_total(inputs.shape[num_groups:-1])
@@ -116,11 +115,11 @@ def sampled_rows(inputs: Any, conditioning: Conditioning, mask: Any = None, num_
     if conditioning.weight_sharing == "reduce" and is_shared:
         inputs = ops.reshape(inputs, (*groups, samples, positions, num_features))
         if mask is None:
-            rows = ops.sum(inputs, axis=-2) if summed else ops.mean(inputs, axis=-2)
+            rows = ops.mean(inputs, axis=-2)
         else:
             lengths = ops.sum(mask, axis=-2)
             rows = ops.sum(inputs * ops.cast(mask, inputs.dtype), axis=-2)
-            rows = rows if summed else rows / ops.cast(backend.clip(lengths, 1), rows.dtype)
+            rows = rows / ops.cast(backend.clip(lengths, 1), rows.dtype)
             mask = ops.cast(lengths > 0, "float32")
     else:
         rows = ops.reshape(inputs, (*groups, samples * positions, num_features)) if is_shared else inputs
@@ -217,10 +216,10 @@ def _matrix_of_sums(num_rows: int, num_sums: int) -> np.ndarray:
     return np.where(is_summed, _SIGNS[:num_rows], np.float32(0))
 
 
-def subsample(rows: Any, max_rows: int | None, axis: int = -2) -> Any:
-    """Returns at most `max_rows` of the rows along an axis, evenly spread over them; all for `None`."""
+def subsample(rows: Any, max_rows: int, axis: int = -2) -> Any:
+    """Returns at most `max_rows` of the rows along an axis, evenly spread over them."""
     num_rows = ops.shape(rows)[axis]
-    if max_rows is None or (isinstance(num_rows, int) and num_rows <= max_rows):
+    if isinstance(num_rows, int) and num_rows <= max_rows:
         return rows
     if isinstance(num_rows, int):
         return ops.take(rows, backend.constant(subsample_indices, num_rows, max_rows), axis=axis)

@@ -1,9 +1,8 @@
 """How recurrent layers read as rows times a kernel.
 
 A cell's kernel multiplies the inputs of every time step, and its recurrent kernel multiplies the state before every step.
-Each step adds to the gradient of both, and the sum is conditioned, once. The states are known only after the layer's call. So
-a recurrent kernel comes with a *gradient probe*, a tensor of zeros. In the backward pass, the results of the call route the
-states to the probe, as its gradient, which reaches the conditioner together with that of the kernel.
+Each step adds to the gradient of both, and the sum is conditioned, once. The states are known only after the layer's call, so
+that a recurrent kernel is conditioned late (`conditioned_late`).
 """
 
 import contextlib
@@ -14,10 +13,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_isaac import backend
-from keras_isaac.curvature import conditioner, plan
-from keras_isaac.curvature.operations import conditioned
-from keras_isaac.curvature.rows import KernelCall, Rows, condensed, sampled_rows
+from keras_isaac.curvature.operations import conditioned, conditioned_late
+from keras_isaac.curvature.rows import Rows, sampled_rows
 from keras_isaac.keras_hooks import call_with, with_attributes
 from keras_isaac.layers.convolution import channels_last, window_of
 from keras_isaac.layers.patches import Window, patch_rows
@@ -90,71 +87,6 @@ def _columns_of_states(cell: Any) -> int | None:
     return None if getattr(cell, "reset_after", True) else 2 * cell.units
 
 
-def _late_kernel(
-    kernel: keras.Variable,
-    conditioning: Conditioning,
-    shape: tuple[Any, ...],
-    rows_of: Callable[[Any], Rows],
-    columns: int | None,
-) -> tuple[Any, Callable[[Any, Any], Any]]:
-    """Returns a kernel, conditioned on rows that are known only after the layer's call, and a function that brings them.
-
-    The function returns its first argument, the results of the call, which bring its second, the features that the kernel
-    multiplied in it, to the conditioner in the backward pass.
-
-    Args:
-        kernel: variable `[..., out]`.
-        conditioning: the `Conditioning` in force.
-        shape: tuple, the shape of the features, `[samples, steps, ...]`.
-        rows_of: function of the features, which returns `Rows`.
-        columns: integer, how many columns of the kernel multiply the rows; `None` for all.
-    """
-    conditioning.refuse_outputs()
-    value = ops.convert_to_tensor(kernel)
-    matrix = ops.reshape(value, (-1, value.shape[-1]))
-    read_shape = tuple(matrix[:, :columns].shape)
-
-    def condensed_rows(features: Any) -> Rows:
-        return condensed(rows_of(features), read_shape, conditioning)
-
-    def gradients(output_gradients: tuple[Any, Any], kernel: Any, probe: Any, damping: Any) -> tuple[Any, None, None]:
-        gradient, routed = output_gradients
-        # A loss that contains derivatives routes the features several times. The last feature counts them.
-        rows = condensed_rows(routed[..., :-1] / backend.clip(routed[..., -1:], 1))
-        counts, is_relative = (rows.num_sampled, rows.num_valid), conditioning.relative_damping
-        form = plan.choose(KernelCall(read_shape, rows))
-        result = conditioner.condition(gradient, rows.values, damping, *counts, form=form, is_relative=is_relative)
-        return conditioner.with_norm_of(gradient, result) if conditioning.preserve_norm else result, None, None
-
-    # One extra feature, which counts how often the features were routed.
-    probe = ops.zeros((*shape[:-1], shape[-1] + 1), value.dtype)
-    read, probe = backend.with_gradients(
-        lambda kernel, probe, damping: (kernel * 1, probe * 1), gradients, matrix[:, :columns], probe, conditioning.damping
-    )
-
-    def bring(results: Any, features: Any) -> Any:
-        features = ops.reshape(features, shape)
-        if conditioning.record is not None:
-            conditioning.note(KernelCall(read_shape, condensed_rows(features)))
-        features = ops.stop_gradient(ops.cast(features, probe.dtype))
-        message = ops.concatenate([features, ops.ones_like(features[..., :1])], axis=-1)
-        return keras.tree.pack_sequence_as(results, list(_route_gradient(keras.tree.flatten(results), probe, message)))
-
-    matrix = read if columns is None else ops.concatenate([read, matrix[:, columns:]], axis=1)
-    return ops.reshape(matrix, value.shape), bring
-
-
-def _route_gradient(tensors: Sequence[Any], probe: Any, message: Any) -> tuple[Any, ...]:
-    """Returns the tensors; a gradient that passes through them adds the message to the probe's gradient."""
-
-    def gradients(output_gradients: Sequence[Any], *inputs: Any) -> tuple[Any, ...]:
-        *_, probe, message = inputs
-        # The loss may contain only derivatives of the results, which therefore route the features too.
-        return *_route_gradient(output_gradients, probe, message), message, None
-
-    return backend.with_gradients(lambda *inputs: inputs[:-2], gradients, *tensors, probe, message)
-
-
 def _read_cell(
     layer: Any, conditioning_of: ConditioningOf, sequences: Any, mask: Any, training: bool | None
 ) -> tuple[Pairs, Callable[..., Any]]:
@@ -184,7 +116,7 @@ def _read_cell(
     is_convolution = _is_convolution(layer)
     state_shape = cell.compute_output_shape((None, *sequences.shape[2:]))[0][1:] if is_convolution else (cell.units,)
     shape = (*ops.shape(sequences)[:2], *state_shape)
-    recurrent, bring = _late_kernel(cell.recurrent_kernel, conditioning, shape, rows_of, _columns_of_states(cell))
+    recurrent, bring = conditioned_late(cell.recurrent_kernel, conditioning, shape, rows_of, _columns_of_states(cell))
     values.append((cell.recurrent_kernel, recurrent))
 
     def inner_loop(sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
@@ -215,7 +147,7 @@ def _read_stack(
             if conditioning is not None:
                 rows_of = functools.partial(sampled_rows, conditioning=conditioning, mask=mask)
                 shape = (*ops.shape(sequences)[:2], num_in)
-                value, bring = _late_kernel(kernel, conditioning, shape, rows_of, columns)
+                value, bring = conditioned_late(kernel, conditioning, shape, rows_of, columns)
                 values.append((kernel, value))
                 late.append((bring, slice(width, width + num_in)))
             width += num_in
