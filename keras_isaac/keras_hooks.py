@@ -23,7 +23,7 @@ Each line states one assumption about Keras and names the test in `tests/test_ho
 Private attributes of Keras that the package relies on:
 
 - `_keras_mask`, the mask of a tensor on TensorFlow and PyTorch: `test_masks_are_read_and_given`.
-- `_model_variables_moving_average` of an optimizer, which the `SwapEMAWeights` callback reads (`optimizer.py`):
+- `_model_variables_moving_average` of an optimizer, which the `SwapEMAWeights` callback reads (`optimizer_wrapper.py`):
   `test_callbacks_see_the_moving_average_inside_other_optimizers`, of `test_optimizer.py`.
 """
 
@@ -38,6 +38,7 @@ import keras
 from keras import ops
 
 from keras_isaac import backend
+from keras_isaac.optimizer_wrapper import OptimizerWrapper
 from keras_isaac.scope import bind_scope
 
 # A mode of JAX alone, which an older Keras does not have.
@@ -143,15 +144,12 @@ def models_of(optimizer: keras.optimizers.Optimizer) -> list[keras.Model]:
 
 # Optimizers.
 
-# The method by which an `ISAAC` is known: no other optimizer has it.
-_ISAAC = "conditioning_of_step"
-
 
 def isaacs_in(optimizer: Any) -> list[Any]:
     """Returns the `ISAAC` optimizers in `optimizer`: itself, or those in its attributes, in lists and dictionaries too."""
-    if hasattr(optimizer, _ISAAC):
+    if isinstance(optimizer, OptimizerWrapper):
         return [optimizer]
-    return [each for each in _innermost(optimizer, set()) if hasattr(each, _ISAAC)]
+    return [each for each in _innermost(optimizer, set()) if isinstance(each, OptimizerWrapper)]
 
 
 def has_several(optimizer: Any) -> bool:
@@ -164,7 +162,7 @@ def _innermost(value: Any, seen: set[int]) -> list[keras.optimizers.Optimizer]:
     if id(value) in seen:
         return []
     seen.add(id(value))
-    if hasattr(value, _ISAAC):
+    if isinstance(value, OptimizerWrapper):
         return [value]
     is_optimizer = isinstance(value, keras.optimizers.Optimizer)
     if is_optimizer or isinstance(value, dict):

@@ -1,7 +1,7 @@
 """The `ISAAC` optimizer: the damping and the other options of conditioning, and the inner optimizer."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import keras
@@ -10,12 +10,13 @@ from keras.optimizers.schedules import LearningRateSchedule
 
 from keras_isaac import backend, scope
 from keras_isaac.arguments import build_inner_optimizer, check_damping, check_options
+from keras_isaac.optimizer_wrapper import OptimizerWrapper
 from keras_isaac.selection import is_chosen
 from keras_isaac.training import StepCheck, capture_copy
 
 
 @keras.saving.register_keras_serializable(package="keras_isaac")
-class ISAAC(keras.optimizers.Optimizer):
+class ISAAC(OptimizerWrapper):
     """Optimizer whose gradients carry second-order information taken from the layers' inputs.
 
     It works in a pair with `keras_isaac.capture_inputs`: the captured layers of a model condition the gradients of their
@@ -101,9 +102,7 @@ class ISAAC(keras.optimizers.Optimizer):
         flags = {"relative_damping": relative_damping, "preserve_norm": preserve_norm, "per_replica": per_replica}
         check_options(output_damping, weight_sharing, max_rows, **flags)
         inner_optimizer = build_inner_optimizer(inner_optimizer, learning_rate, kwargs)
-        # The base class requires a learning rate. As in LossScaleOptimizer, only the inner optimizer's is used.
-        super().__init__(learning_rate=0.0, name=name)
-        self.inner_optimizer = inner_optimizer
+        super().__init__(inner_optimizer, name)
         self.relative_damping = relative_damping
         self.preserve_norm = preserve_norm
         self.output_damping = None if output_damping is None else float(output_damping)
@@ -260,71 +259,9 @@ class ISAAC(keras.optimizers.Optimizer):
         damping = getattr(self, "_damping", None)
         return [*([damping] if isinstance(damping, keras.Variable) else []), *self.inner_optimizer.variables]
 
-    def apply_gradients(self, grads_and_vars: Iterable[tuple]) -> Any:
-        """Applies pairs of gradient and variable; returns the iterations."""
-        grads, trainable_variables = zip(*grads_and_vars, strict=True)
-        self.apply(list(grads), trainable_variables)
-        return self.iterations
-
-    @property
-    def learning_rate(self) -> Any:
-        """The inner optimizer's learning rate."""
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, learning_rate: Any) -> None:
-        self.inner_optimizer.learning_rate = learning_rate
-
-    @property
-    def iterations(self) -> Any:
-        """The inner optimizer's iterations."""
-        return self.inner_optimizer.iterations
-
-    @property
-    def loss_scale_factor(self) -> float | None:
-        """The inner optimizer's static loss scale, which LossScaleOptimizer and MultiOptimizer set."""
-        return self.inner_optimizer.loss_scale_factor
-
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, loss_scale_factor: float | None) -> None:
-        # The base class sets it before there is an inner optimizer.
-        if hasattr(self, "inner_optimizer"):
-            self.inner_optimizer.loss_scale_factor = loss_scale_factor
-
-    # Callbacks read these of the model's optimizer, or of the inner optimizer of a LossScaleOptimizer.
-
-    @property
-    def use_ema(self) -> bool:
-        """Whether the inner optimizer averages the weights."""
-        # The base class reads it as it builds, and would create an average of its own.
-        return self.built and self.inner_optimizer.use_ema
-
-    @use_ema.setter
-    def use_ema(self, use_ema: bool) -> None:
-        # The base class sets it before there is an inner optimizer.
-        if hasattr(self, "inner_optimizer"):
-            self.inner_optimizer.use_ema = use_ema
-
-    @property
-    def _model_variables_moving_average(self) -> list:
-        return self.inner_optimizer._model_variables_moving_average
-
     def scale_loss(self, loss: Any) -> Any:
         """Scales the loss as the inner optimizer does."""
         return self.inner_optimizer.scale_loss(loss)
-
-    def finalize_variable_values(self, var_list: Sequence) -> None:
-        """Assigns the moving average of the weights, if the inner optimizer has one."""
-        self.inner_optimizer.finalize_variable_values(var_list)
-
-    def exclude_from_weight_decay(self, var_list: list | None = None, var_names: list[str] | None = None) -> None:
-        """Excludes variables from the inner optimizer's weight decay."""
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
-
-    def set_weights(self, weights: Sequence) -> None:
-        """Sets all variables, in the order of `variables`."""
-        for variable, weight in zip(self.variables, weights, strict=True):
-            variable.assign(weight)
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the damping; Keras saves the inner optimizer by itself."""

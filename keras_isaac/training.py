@@ -15,7 +15,6 @@ from typing import Any
 import keras
 
 from keras_isaac import backend, keras_hooks, scope
-from keras_isaac.curvature.rows import SPARSE
 from keras_isaac.keras_hooks import has_several, isaacs_in
 from keras_isaac.layers import ADAPTERS, adapter_of
 from keras_isaac.selection import (
@@ -29,7 +28,7 @@ from keras_isaac.selection import (
     shorten,
     walk,
 )
-from keras_isaac.status import kernel_status
+from keras_isaac.training_errors import WEIGHTS_ARE_LOST, check_is_captured, nothing_to_condition, paths_of, reused_error
 
 
 class CapturedModel:
@@ -165,17 +164,6 @@ class CapturedModel:
                 isaac.captured = True if layers == chosen else frozenset(_path_in(model, layer) for layer in chosen)
 
 
-def check_is_captured(model: keras.Model, has_own_step: bool) -> None:
-    """Raises if a model that is not captured would train with `ISAAC`."""
-    # A `train_step` of the model's own may open a scope for layers that were captured otherwise.
-    if isaacs_in(model.optimizer) and not (has_own_step and any(is_chosen(layer) for layer, _ in walk(model))):
-        raise ValueError(
-            f"Write `model = capture_inputs(model)` (from `keras_isaac`) before training: '{model.name}' is compiled with "
-            "`ISAAC`, but it is not captured. To train without conditioning, compile with the inner optimizer. A layer "
-            "captured alone is conditioned in loops of your own only."
-        )
-
-
 # Before Keras takes the weights out of the model, as it does on JAX.
 keras_hooks.check_before_training(lambda model: check_is_captured(model, keras_hooks.has_own_step(model)))
 
@@ -263,13 +251,6 @@ def _traced_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> Any:
     return function(layer, *args, **kwargs)
 
 
-_WEIGHTS_ARE_LOST = (
-    " Build the model again before the next `fit`: on JAX, Keras drops its weights when one fails."
-    if backend.IS_STATELESS
-    else ""
-)
-
-
 class StepCheck:
     """Whether a captured layer conditions a gradient in the current step of an `ISAAC`."""
 
@@ -310,41 +291,15 @@ class StepCheck:
             return
         if self.trained and not any(id(variable) in self.trained for variable in variables):
             raise reused_error("this step", variables)
-        received = f"Received gradients for: {_paths(variables)}"
+        received = f"Received gradients for: {paths_of(variables)}"
         if model is None:
             raise ValueError(
                 "Write `model = capture_inputs(model)` (from `keras_isaac`) before training; in a loop of your own, compute "
                 "the loss inside `with optimizer.conditioning():`. No captured layer took part in this step. "
-                f"{received}.{_WEIGHTS_ARE_LOST}"
+                f"{received}.{WEIGHTS_ARE_LOST}"
             )
         advice = nothing_to_condition(model) or (
             f"Call a captured layer in the training step of '{model.name}', or compile with the inner optimizer: none that "
             "`ISAAC` could condition took part in it."
         )
-        raise ValueError(f"{advice} {received}.{_WEIGHTS_ARE_LOST}")
-
-
-def reused_error(what: str, variables: Sequence) -> ValueError:
-    """Returns the error of an `ISAAC` that was built for the variables of another model."""
-    return ValueError(
-        "Compile each model with an optimizer of its own: `model.compile(optimizer=ISAAC(...), ...)`. This `ISAAC` was built "
-        f"for other variables than those of {what}: {_paths(variables)}."
-    )
-
-
-def nothing_to_condition(model: keras.Model) -> str | None:
-    """Returns what to write if no kernel of a captured model can be conditioned, or `None` if one can."""
-    statuses = sorted(kernel_status(model), key=lambda status: not status.trainable)
-    # A layer on sparse inputs takes part, and warns that it stays plain.
-    if any(status.reason in (None, SPARSE) for status in statuses):
-        return None
-    reasons = [f"'{status.path}' ({status.reason})" for status in statuses]
-    return (
-        "Include, unfreeze or register (`keras_isaac.register_layer`) a layer that multiplies its inputs by a kernel, or "
-        f"compile with the inner optimizer: `ISAAC` can condition nothing in '{model.name}'. "
-        f"Kernels: {shorten(reasons) or 'none'}."
-    )
-
-
-def _paths(variables: Sequence) -> str:
-    return shorten([getattr(variable, "path", variable.name) for variable in variables], 2)
+        raise ValueError(f"{advice} {received}.{WEIGHTS_ARE_LOST}")
