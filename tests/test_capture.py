@@ -65,8 +65,21 @@ def test_the_last_rules_hold_for_layers_that_are_built_later():
     model = capture_inputs(
         capture_inputs(keras.Sequential([keras.layers.Dense(4), keras.layers.Dense(3, name="head")])), ".*head"
     )
+    # A question before there are paths settles nothing.
+    assert chosen(model) == [False, False]
+    model.build((None, 6))
+    assert chosen(model) == [False, True]
     train(model)
     assert chosen(model) == [False, True]
+
+
+def test_a_step_with_the_optimizer_of_a_released_model_raises():
+    model = captured(paper_isaac(damping=0.1))
+    fit(model, regression())
+    release_inputs(model)
+    variables = model.trainable_variables
+    with pytest.raises(ValueError, match=r"Write `model = capture_inputs\(model\)`"):
+        model.optimizer.apply([keras.ops.zeros(variable.shape) for variable in variables], variables)
 
 
 def test_a_released_model_trains_as_before():
@@ -117,7 +130,7 @@ def test_a_released_class_makes_plain_models():
         pass
 
     plain_init = Decorated.__init__
-    assert release_inputs(capture_inputs(Decorated)) is Decorated
+    assert release_inputs(capture_inputs(capture_inputs(Decorated))) is Decorated
     assert Decorated.__init__ is plain_init
     capture_inputs(capture_inputs(Decorated), exclude=".*main")
     model = Decorated()

@@ -3,7 +3,7 @@
 import numpy as np
 import oracle
 import pytest
-from cases import OFTEN, PRODUCTS, Case, assert_conditioned, data, each_case
+from cases import OFTEN, PRODUCTS, RECURRENT, Case, assert_conditioned, data, each_case
 from harness import BACKEND, gradients_by, loss_gradients, normal, paper_isaac, to_numpy
 from keras import layers, ops
 from oracle import relative_error
@@ -83,7 +83,7 @@ def check(layer, inputs, loss, reading, **options):
     assert all(np.sum(ours * theirs) > 0 for ours, theirs in zip(conditioned, plain, strict=True))
 
 
-@each_case(FLOAT_CASES)
+@each_case([*FLOAT_CASES, *(case for case in RECURRENT if case.id == "lstm")])
 @pytest.mark.often(*OFTEN)
 def test_every_part_of_a_kernels_gradient_is_conditioned_once(case):
     layer, inputs, cotangent = data(case)

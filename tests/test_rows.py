@@ -102,7 +102,7 @@ def test_the_budget_bounds_what_conditioning_adds():
 
 @each_mode
 @pytest.mark.parametrize("has_mask", [False, True])
-@pytest.mark.parametrize(("batch", "features", "units", "num_sums"), [(40, 32, 1, 8), (40, 32, 32, None), (3000, 32, 2, 512)])
+@pytest.mark.parametrize(("batch", "features", "units", "num_sums"), [(40, 32, 1, 8), (40, 32, 32, None), (5000, 32, 2, 512)])
 def test_a_narrow_layer_of_a_plain_batch_is_conditioned_on_sums(batch, features, units, num_sums, has_mask, compiled):
     """As many as double its multiplications, where their number is known. One mask value for each sample leaves some out."""
     if BACKEND == "tensorflow" and compiled:
